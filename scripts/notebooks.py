@@ -1,0 +1,148 @@
+"""Run, test and publish the notebooks: `python scripts/notebooks.py run|test|readme [--check] [NOTEBOOK ...]`."""
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT/'nbs'
+DIRECTIVE = re.compile(r'^\s*#\s*\|\s*(\w[\w-]*):?\s*(.*?)\s*$')
+PICTURES = {'image/svg+xml': '.svg', 'image/png': '.png'}
+
+
+def notebooks():
+    "Every notebook of the project, in reading order."
+    found = (p for p in NBS.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(NBS).parts))
+    return sorted(found, key=lambda p: (p.parent != NBS, p.as_posix()))
+
+
+def directives(source):
+    "The `#| name: value` lines that open a cell, as a dict."
+    marks = {}
+    for line in source.splitlines():
+        if m := DIRECTIVE.match(line): marks[m[1]] = m[2]
+        elif line.strip(): break
+    return marks
+
+
+def skipped(cell):
+    "Is this a cell that neither the tests nor a run execute?"
+    marks = directives(cell.source)
+    return cell.cell_type == 'code' and (marks.get('eval', '').lower() == 'false' or 'notest' in marks)
+
+
+def environment():
+    "The surroundings of a notebook: this checkout's package first, no network, no progress bars in what is stored."
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    env = {**os.environ, 'PYTHONPATH': path, 'PYTHONHASHSEED': '0', 'HF_HUB_OFFLINE': '1', 'TQDM_DISABLE': '1',
+           'TOKENIZERS_PARALLELISM': 'false', 'PYTHONDONTWRITEBYTECODE': '1'}
+    # IN_TEST turns nbdev's commands into silent no-ops.
+    return {k: v for k, v in env.items() if k != 'IN_TEST'}
+
+
+def run(path):
+    "Execute one notebook in a fresh kernel and store its outputs."
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    nb = nbformat.read(path, as_version=4)
+    hidden = {c.id: c for c in nb.cells if skipped(c)}
+    todo = nbformat.from_dict({**nb, 'cells': [c for c in nb.cells if c.id not in hidden]})
+    for cell in todo.cells:
+        if cell.cell_type == 'code': cell.outputs, cell.execution_count = [], None
+    with tempfile.TemporaryDirectory() as home, open(Path(home)/'kernel.log', 'w+b') as log:
+        client = NotebookClient(todo, timeout=1800, kernel_name='python3', record_timing=False,
+                                resources={'metadata': {'path': str(path.parent)}})
+        try: client.execute(env={**environment(), 'IPYTHONDIR': home}, stderr=log)
+        except CellExecutionError as e: return f'{path.relative_to(ROOT)}: {e}'
+        except Exception as e:
+            log.seek(0)
+            return f'{path.relative_to(ROOT)}: {e}\n{log.read().decode(errors="replace")}'
+    nb.metadata = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}
+    for cell in nb.cells:
+        if cell.cell_type != 'code': continue
+        cell.outputs = [] if cell.id in hidden else list(filter(None, map(portable, cell.outputs)))
+    nbformat.write(nb, path)
+    subprocess.run([sys.executable, '-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()', '--fname', path],
+                   cwd=ROOT, env=environment(), check=True)
+
+
+def portable(output):
+    "An output that still means something without its kernel, or None."
+    data = output.get('data', {})
+    data.pop('application/vnd.jupyter.widget-view+json', None)
+    output.pop('transient', None)
+    return None if 'data' in output and not data else output
+
+
+def test(path):
+    "Run one notebook's cells the way `nbdev_test` does."
+    from nbdev.test import test_nb
+
+    return None if test_nb(path, skip_flags=['notest'], basepath=ROOT)[0] else f'{path.relative_to(ROOT)}: a cell failed'
+
+
+def relink(text):
+    "Links written for nbs/index.ipynb, rewritten for a file one folder up."
+    def move(m): return m[0] if re.match(r'[a-z]+:|[#/]', m[2]) else m[1]+os.path.normpath(f'nbs/{m[2]}')+m[3]
+    return re.sub(r'(\]\()([^)\s]+)(\))', move, text)
+
+
+def readme():
+    "README.md as nbs/index.ipynb has it, and the pictures that it shows: {path: bytes}."
+    import base64
+
+    nb = nbformat.read(NBS/'index.ipynb', as_version=4)
+    parts, files = [], {}
+    for cell in nb.cells:
+        marks = directives(cell.source)
+        if {'hide', 'default_exp'} & set(marks) or marks.get('include') == 'false': continue
+        source = re.sub(r'\A---\n.*?\n---\n', '', cell.source, flags=re.S).strip()
+        if cell.cell_type == 'markdown': parts.append(relink(source))
+        if cell.cell_type != 'code': continue
+        source = '\n'.join(x for x in source.splitlines() if not DIRECTIVE.match(x)).strip()
+        if source and marks.get('echo') != 'false': parts.append(f'```python\n{source}\n```')
+        for out in [] if marks.get('output') == 'false' else cell.outputs:
+            data = out.get('data', {})
+            kind = next((k for k in PICTURES if k in data), None)
+            if kind:
+                name = f'nbs/images/index-{len(files)+1}{PICTURES[kind]}'
+                files[name] = data[kind].encode() if kind.startswith('image/svg') else base64.b64decode(data[kind])
+                parts.append(f'![]({name})')
+            elif 'text/markdown' in data: parts.append(relink(data['text/markdown'].strip()))
+            elif text := out.get('text') or data.get('text/plain'): parts.append(f'```\n{text.rstrip()}\n```')
+    note = '<!-- Written from nbs/index.ipynb by `make export`; edit the notebook. -->'
+    return {'README.md': ('\n\n'.join([note, *filter(None, parts)])+'\n').encode(), **files}
+
+
+def publish(check):
+    "Write README.md and its pictures, or only say whether they are what the notebook makes them."
+    stale = [name for name, new in readme().items() if not (ROOT/name).exists() or (ROOT/name).read_bytes() != new]
+    if check: return f'{", ".join(stale)}: not what nbs/index.ipynb makes of it; run `make export`' if stale else None
+    for name in stale:
+        (ROOT/name).parent.mkdir(exist_ok=True)
+        (ROOT/name).write_bytes(readme()[name])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('command', choices=['run', 'test', 'readme'])
+    parser.add_argument('notebooks', nargs='*', type=Path, help='default: all of them')
+    parser.add_argument('--check', action='store_true', help='readme: change nothing, fail when it is out of date')
+    args = parser.parse_args()
+    if args.command == 'readme': sys.exit(publish(args.check))
+    failed = False
+    for path in [p.resolve() for p in args.notebooks] or notebooks():
+        print(path.relative_to(ROOT), flush=True)
+        if error := (run if args.command == 'run' else test)(path):
+            print(error, file=sys.stderr, flush=True)
+            failed = True
+    sys.exit(failed)
+
+
+if __name__ == '__main__': main()
