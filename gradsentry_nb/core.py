@@ -7,9 +7,9 @@ __all__ = ['GradSentryError', 'DataError', 'ModelError', 'SettingError', 'choose
            'Encoded', 'seed_for', 'visible', 'Scores', 'save_scores', 'load_scores', 'Detector', 'Cut', 'Verdict',
            'verdict_to_json', 'verdict_from_json']
 
-# %% ../nbs/00_core.ipynb #32e9af73
-import hashlib, json, re, unicodedata
-from dataclasses import dataclass, field, replace
+# %% ../nbs/00_core.ipynb #fb3bcba1
+import hashlib, json, re
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Protocol, runtime_checkable
