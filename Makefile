@@ -18,13 +18,13 @@ $(VENV)/runtime.stamp: $(INPUTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.11 ...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing $(TORCH) and the package into $(VENV) (a few minutes the first time)"
-	@$(PIP) install --quiet $(TORCH)
-	@$(PIP) install --quiet --constraint constraints.txt --editable .
+	@$(PIP) install -qq $(TORCH)
+	@$(PIP) install -qq --constraint constraints.txt --editable .
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp
 	@echo "Installing the development tools into $(VENV)"
-	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) install -qq --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(VENV)/runtime.stamp ## scan the embedded poisoned set with the embedded model
