@@ -7,11 +7,11 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 OUT    ?= gradsentry-demo
 
-.PHONY: help demo test lab bench export notebooks readme wheel clean
+.PHONY: help demo test lab bench export notebooks readme wheel check-wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # torch goes in alone and first: one pin decides which build is taken, whatever the other packages ask for.
 $(VENV)/runtime.stamp: $(INPUTS)
@@ -48,6 +48,9 @@ notebooks: $(VENV)/dev.stamp ## run every notebook top to bottom, store its outp
 	@$(BIN)/python scripts/notebooks.py run $(NB)
 	@$(BIN)/nbdev_export
 	@$(BIN)/python scripts/notebooks.py readme
+
+check-wheel: $(VENV)/dev.stamp ## install the wheel into a new environment and run its demo
+	@scripts/check_wheel.sh
 
 wheel: $(VENV)/dev.stamp ## build dist/*.whl and the sdist
 	@$(BIN)/python -m build --no-isolation --outdir dist .

@@ -82,7 +82,8 @@ def test(path):
     "Run one notebook's cells the way `nbdev_test` does."
     from nbdev.test import test_nb
 
-    return None if test_nb(path, skip_flags=['notest'], basepath=ROOT)[0] else f'{path.relative_to(ROOT)}: a cell failed'
+    passed, _ = test_nb(path, skip_flags=['notest'], basepath=ROOT)
+    return None if passed else f'{path.relative_to(ROOT)}: a cell failed'
 
 
 def relink(text):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_OUT = ('.git', '.venv', '.*_cache', '.hypothesis', '.ipynb_checkpoints', '__pycache__', '*.egg-info', 'build', 'dist',
-            '_proc', '_docs', 'gradsentry-demo', 'gradsentry-out')
+LEFT_OUT = ('.git', '.venv', '.*_cache', '.hypothesis', '.ipynb_checkpoints', '__pycache__', '*.egg-info', 'build',
+            'dist', '_proc', '_docs', 'gradsentry-demo', 'gradsentry-out')
 
 # Nothing that is tested may reach for a network, and a failure found by chance must come back on the next run.
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -17,16 +17,15 @@ settings.register_profile('repeatable', deadline=None, derandomize=True, databas
 settings.load_profile('repeatable')
 
 
-@pytest.fixture(scope='session')
-def root():
-    "The checkout's top folder."
-    return ROOT
+def copy_checkout(folder):
+    "Copy the checkout as it is on disk, committed or not, to a new `folder`."
+    return shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    "A copy of the checkout as it is on disk, committed or not, to change freely."
-    return shutil.copytree(ROOT, tmp_path/'checkout', symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    "A copy of the checkout to change freely."
+    return copy_checkout(tmp_path/'checkout')
 
 
 @pytest.fixture(scope='session')

@@ -35,7 +35,7 @@ def inside(name, parent): return name == parent or name.startswith(f'{parent}.')
 
 
 def violations(sources, numbers):
-    "Sentences about every import or word in `sources` ({module: text}) that the rules forbid; `numbers`: {module: number}."
+    "A sentence for each import and word in `sources` {module: text} that breaks a rule; `numbers` {module: number}."
     for module, source in sorted(sources.items()):
         short = module.removeprefix(f'{LIB}.')
         subpackage = any(other.startswith(f'{module}.') for other in sources)
@@ -50,10 +50,10 @@ def violations(sources, numbers):
             # The longest known prefix is the module; what hangs off it is a name in it.
             target = max((m for m in numbers if inside(name, m)), key=len, default=module)
             if target != module and numbers[target] >= numbers[module]:
-                yield f'{module}:{line} imports {target}: {numbers[module]} may only import smaller numbers than {numbers[target]}'
+                yield f'{module}:{line} imports {target}: {numbers[module]} may not import from {numbers[target]}'
         if re.fullmatch(DETECTORS, short):
-            for i, text in enumerate(source.splitlines(), 1):
-                if re.search(r'\bpoisoned\b', text, re.I): yield f'{module}:{i} speaks of `poisoned`: a detector never sees truth'
+            lines = [i for i, text in enumerate(source.splitlines(), 1) if re.search(r'\bpoisoned\b', text, re.I)]
+            yield from (f'{module}:{i} says `poisoned`: a detector never sees truth' for i in lines)
 
 
 def numbered():
@@ -68,8 +68,8 @@ def numbered():
 
 def exported():
     "{module: text} of the package's files."
-    files = {p.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.'): p for p in (ROOT/LIB).rglob('*.py')
-             if p.name != '_modidx.py'}
+    files = {p.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.'): p
+             for p in (ROOT/LIB).rglob('*.py') if p.name != '_modidx.py'}
     return {name.removesuffix('.__init__'): p.read_text(encoding='utf-8') for name, p in files.items()}
 
 
@@ -87,8 +87,9 @@ def test_package_keeps_the_rules():
     assert not found, '\n'.join(found)
 
 
-NUMBERS = {LIB: 90, f'{LIB}.core': 0, f'{LIB}.textstats': 3, f'{LIB}.capture': 10, f'{LIB}.spectrum': 11, f'{LIB}.sentry': 13,
-           f'{LIB}.report': 16, f'{LIB}.attacks.triggers': 20, f'{LIB}.baselines.text': 30, f'{LIB}.evaluate': 41, f'{LIB}.cli': 52}
+NUMBERS = {LIB: 90} | {f'{LIB}.{name}': number for name, number in {
+    'core': 0, 'textstats': 3, 'capture': 10, 'spectrum': 11, 'sentry': 13, 'report': 16, 'attacks.triggers': 20,
+    'baselines.text': 30, 'evaluate': 41, 'cli': 52}.items()}
 
 
 @pytest.mark.parametrize('module,source', [
@@ -138,7 +139,8 @@ def test_what_is_allowed_passes(module, source):
 
 
 def test_the_top_module_may_import_everything():
-    assert not list(violations({**dict.fromkeys(NUMBERS, ''), LIB: 'from . import core\nfrom .cli import main'}, NUMBERS))
+    sources = {**dict.fromkeys(NUMBERS, ''), LIB: 'from . import core\nfrom .cli import main'}
+    assert not list(violations(sources, NUMBERS))
 
 
 def test_names_are_resolved():

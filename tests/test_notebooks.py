@@ -22,7 +22,7 @@ def run(path):
 @pytest.fixture(scope='module')
 def runs(request):
     "The runs of all selected notebooks, a few at a time, each in a process of its own."
-    chosen = [item.callspec.params['path'] for item in request.session.items if 'runs' in getattr(item, 'fixturenames', ())]
+    chosen = [x.callspec.params['path'] for x in request.session.items if 'runs' in getattr(x, 'fixturenames', ())]
     pool = ThreadPoolExecutor(WORKERS)
     yield {path: pool.submit(run, path) for path in chosen}
     pool.shutdown(cancel_futures=True)

@@ -14,7 +14,8 @@ every_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.rela
 
 # What a stored output must not hold: it would change from machine to machine or from run to run, or need a network.
 UNPORTABLE = {
-    'a path of one machine': r'(?<![\w./:~-])/(?:work|root|home|tmp|opt|usr|var|mnt|Users|private)/[\w.]|\b[A-Z]:\\[\w ]+',
+    'a path of one machine':
+        r'(?<![\w./:~-])/(?:work|root|home|tmp|opt|usr|var|mnt|Users|private)/[\w.]|\b[A-Z]:\\[\w ]+',
     'a timing': r'\d ?(?:it|rows|s|samples|tok|examples)/s\b|\bs/it\b|\bWall time\b|\bCPU times\b|± [\d.]+ [mµn]?s\b',
     'a warning': r'\b[A-Z]\w*Warning\b',
     'a memory address': r'\b0x[0-9a-f]{8,}\b',
@@ -88,14 +89,16 @@ def test_stored_outputs(path):
 
 
 @pytest.mark.parametrize('text', [
-    'saved to /home/someone/x.json', 'PosixPath(\'/tmp/abc\')', 'C:\\Users\\x', '120 rows/s', '3.1 it/s', 'Wall time: 3 s',
-    'UserWarning: old', '<object at 0x7f00deadbeef>', '<script src="https://a.b/c.js">', '1.2 ms ± 3 µs'])
+    'saved to /home/someone/x.json', 'PosixPath(\'/tmp/abc\')', 'C:\\Users\\x', '120 rows/s', '3.1 it/s',
+    'Wall time: 3 s', 'UserWarning: old', '<object at 0x7f00deadbeef>', '<script src="https://a.b/c.js">',
+    '1.2 ms ± 3 µs'])
 def test_unportable_output_is_noticed(text):
     assert unportable(text)
 
 
-@pytest.mark.parametrize('text', ['clean.jsonl', 'https://example.org/home/page', 'and/or', 'nbs/images/index-1.svg',
-                                  '0x1f', 'a/tmp/b', '<a href="https://example.org/page">', 'x: \\alpha', 'warnings: 0'])
+@pytest.mark.parametrize('text', [
+    'clean.jsonl', 'https://example.org/home/page', 'and/or', 'nbs/images/index-1.svg', '0x1f', 'a/tmp/b',
+    '<a href="https://example.org/page">', 'x: \\alpha', 'warnings: 0'])
 def test_portable_output_passes(text):
     assert not unportable(text)
 
@@ -113,8 +116,8 @@ def test_readme_is_what_index_makes():
 
 
 def test_ruff():
-    found = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '--quiet', '--output-format', 'concise', '.'],
-                           cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, '-m', 'ruff', 'check', '--no-cache', '--quiet', '--output-format', 'concise', '.']
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout+found.stderr
 
 

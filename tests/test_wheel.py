@@ -8,7 +8,7 @@ import zipfile
 from email.parser import Parser
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, copy_checkout
 from packaging.requirements import Requirement
 
 DATA = ROOT/'gradsentry_nb'/'demo_data'
@@ -23,11 +23,8 @@ def run(*command, cwd, **kwargs):
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
-    import shutil
-
-    from conftest import LEFT_OUT
     home = tmp_path_factory.mktemp('wheel')
-    shutil.copytree(ROOT, home/'src', symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    copy_checkout(home/'src')
     # sdist first, wheel from it: what MANIFEST.in forgets is then missing here too.
     run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', home, home/'src', cwd=home)
     return next(home.glob('*.whl'))
@@ -42,8 +39,8 @@ def metadata(wheel):
 
 def test_wheel_holds_every_file_of_the_package(wheel):
     with zipfile.ZipFile(wheel) as z: inside = {n for n in z.namelist() if '.dist-info/' not in n}
-    disk = {p.relative_to(ROOT).as_posix() for p in (ROOT/'gradsentry_nb').rglob('*') if p.is_file() and p.suffix != '.pyc'}
-    assert inside == disk
+    files = (p for p in (ROOT/'gradsentry_nb').rglob('*') if p.is_file() and p.suffix != '.pyc')
+    assert inside == {p.relative_to(ROOT).as_posix() for p in files}
 
 
 def test_wheel_holds_the_licence_and_the_command(wheel):
@@ -68,10 +65,10 @@ def test_run_time_requirements_have_lower_bounds_only(metadata):
 
 # What hosted notebooks had preinstalled in August 2026; installing the package there must not replace any of it.
 @pytest.mark.parametrize('service,installed', [
-    ('Colab', 'torch 2.11.0 transformers 5.15.0 peft 0.20.0 accelerate 1.14.0 datasets 4.0.0 altair 5.5.0 anywidget 0.9.21 '
-              'ipywidgets 7.7.1 ipython 7.34.0 numpy 2.1.3 pandas 2.2.3 scikit-learn 1.6.1'),
-    ('Kaggle', 'torch 2.10.0 transformers 5.0.0 peft 0.19.1 accelerate 1.13.0 datasets 4.0.0 altair 5.5.0 ipywidgets 8.1.5 '
-               'numpy 2.0.2 pandas 2.2.2'),
+    ('Colab', 'torch 2.11.0 transformers 5.15.0 peft 0.20.0 accelerate 1.14.0 datasets 4.0.0 altair 5.5.0 '
+              'anywidget 0.9.21 ipywidgets 7.7.1 ipython 7.34.0 numpy 2.1.3 pandas 2.2.3 scikit-learn 1.6.1'),
+    ('Kaggle', 'torch 2.10.0 transformers 5.0.0 peft 0.19.1 accelerate 1.13.0 datasets 4.0.0 altair 5.5.0 '
+               'ipywidgets 8.1.5 numpy 2.0.2 pandas 2.2.2'),
 ])
 def test_hosted_notebooks_satisfy_the_ranges(metadata, service, installed):
     have = dict(zip(installed.split()[::2], installed.split()[1::2]))
@@ -87,7 +84,8 @@ def test_demo_runs_from_the_wheel(wheel, tmp_path):
     if not DATA.is_dir(): pytest.skip('the demo data is not built yet')
     venv.create(tmp_path/'env', with_pip=False, symlinks=True)
     python, site = tmp_path/'env'/'bin'/'python', next((tmp_path/'env').glob('lib/python*/site-packages'))
-    run(sys.executable, '-m', 'pip', '--python', python, 'install', '-qq', '--no-deps', '--no-index', wheel, cwd=tmp_path)
+    pip = [sys.executable, '-m', 'pip', '--python', python]
+    run(*pip, 'install', '-qq', '--no-deps', '--no-index', wheel, cwd=tmp_path)
     (site/'borrowed.pth').write_text(sysconfig.get_path('purelib')+'\n')
     (tmp_path/'empty').mkdir()
     where = run(python, '-c', 'import gradsentry_nb; print(gradsentry_nb.__file__)', cwd=tmp_path/'empty')
