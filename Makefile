@@ -7,24 +7,24 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 OUT    ?= gradsentry-demo
 
-.PHONY: help demo test lab bench export notebooks readme wheel clean
+.PHONY: help demo test lab bench export notebooks readme wheel check-wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # torch goes in alone and first: one pin decides which build is taken, whatever the other packages ask for.
 $(VENV)/runtime.stamp: $(INPUTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.11 ...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing $(TORCH) and the package into $(VENV) (a few minutes the first time)"
-	@$(PIP) install --quiet $(TORCH)
-	@$(PIP) install --quiet --constraint constraints.txt --editable .
+	@$(PIP) install -qq $(TORCH)
+	@$(PIP) install -qq --constraint constraints.txt --editable .
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp
 	@echo "Installing the development tools into $(VENV)"
-	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) install -qq --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(VENV)/runtime.stamp ## scan the embedded poisoned set with the embedded model
@@ -34,7 +34,7 @@ test: $(VENV)/dev.stamp ## the whole suite: sync gates, the lessons in every not
 	@$(BIN)/python -m pytest
 
 lab: $(VENV)/dev.stamp ## open the first tutorial in JupyterLab
-	@$(BIN)/python -m jupyterlab nbs/tutorials/first_scan.ipynb
+	@$(BIN)/python -m jupyterlab $(LABFLAGS) nbs/tutorials/first_scan.ipynb
 
 bench: $(VENV)/dev.stamp ## measure speed and memory, side by side with the published procedure
 	@$(BIN)/python -m benchmarks
@@ -48,6 +48,9 @@ notebooks: $(VENV)/dev.stamp ## run every notebook top to bottom, store its outp
 	@$(BIN)/python scripts/notebooks.py run $(NB)
 	@$(BIN)/nbdev_export
 	@$(BIN)/python scripts/notebooks.py readme
+
+check-wheel: $(VENV)/dev.stamp ## install the wheel into a new environment and run its demo
+	@scripts/check_wheel.sh
 
 wheel: $(VENV)/dev.stamp ## build dist/*.whl and the sdist
 	@$(BIN)/python -m build --no-isolation --outdir dist .

@@ -26,6 +26,7 @@ setup(
         'Topic :: Security',
     ],
     packages=find_packages(include=[lib, f'{lib}.*']),
+    include_package_data=False,  # the wheel holds what package_data names, whatever MANIFEST.in puts into the sdist
     package_data={lib: cfg['package_data'].split()},
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'lab': cfg['lab_requirements'].split()},

@@ -51,10 +51,10 @@ def run(path):
     from nbclient.exceptions import CellExecutionError
 
     nb = nbformat.read(path, as_version=4)
-    hidden = {c.id: c for c in nb.cells if skipped(c)}
-    todo = nbformat.from_dict({**nb, 'cells': [c for c in nb.cells if c.id not in hidden]})
-    for cell in todo.cells:
-        if cell.cell_type == 'code': cell.outputs, cell.execution_count = [], None
+    nb.metadata = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}
+    for cell in nb.cells:
+        if cell.cell_type == 'code': cell.outputs = []
+    todo = nbformat.v4.new_notebook(cells=[c for c in nb.cells if not skipped(c)], metadata=nb.metadata)
     with tempfile.TemporaryDirectory() as home, open(Path(home)/'kernel.log', 'w+b') as log:
         client = NotebookClient(todo, timeout=1800, kernel_name='python3', record_timing=False,
                                 resources={'metadata': {'path': str(path.parent)}})
@@ -63,10 +63,8 @@ def run(path):
         except Exception as e:
             log.seek(0)
             return f'{path.relative_to(ROOT)}: {e}\n{log.read().decode(errors="replace")}'
-    nb.metadata = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}
     for cell in nb.cells:
-        if cell.cell_type != 'code': continue
-        cell.outputs = [] if cell.id in hidden else list(filter(None, map(portable, cell.outputs)))
+        if cell.cell_type == 'code': cell.outputs = list(filter(None, map(portable, cell.outputs)))
     nbformat.write(nb, path)
     subprocess.run([sys.executable, '-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()', '--fname', path],
                    cwd=ROOT, env=environment(), check=True)
@@ -84,7 +82,8 @@ def test(path):
     "Run one notebook's cells the way `nbdev_test` does."
     from nbdev.test import test_nb
 
-    return None if test_nb(path, skip_flags=['notest'], basepath=ROOT)[0] else f'{path.relative_to(ROOT)}: a cell failed'
+    passed, _ = test_nb(path, skip_flags=['notest'], basepath=ROOT)
+    return None if passed else f'{path.relative_to(ROOT)}: a cell failed'
 
 
 def relink(text):

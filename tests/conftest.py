@@ -1,0 +1,36 @@
+"""What every test may lean on: the checkout, a throwaway copy of it, and the data beside the project."""
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+LEFT_OUT = ('.git', '.venv', '.*_cache', '.hypothesis', '.ipynb_checkpoints', '__pycache__', '*.egg-info', 'build',
+            'dist', '_proc', '_docs', 'gradsentry-demo', 'gradsentry-out')
+
+# Nothing that is tested may reach for a network, and a failure found by chance must come back on the next run.
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+settings.register_profile('repeatable', deadline=None, derandomize=True, database=None)
+settings.load_profile('repeatable')
+
+
+def copy_checkout(folder):
+    "Copy the checkout as it is on disk, committed or not, to a new `folder`."
+    return shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    "A copy of the checkout to change freely."
+    return copy_checkout(tmp_path/'checkout')
+
+
+@pytest.fixture(scope='session')
+def shared():
+    "The folder of data and models beside the project."
+    path = Path(os.environ.get('GRADSENTRY_SHARED', ROOT.parent/'shared'))
+    if not (path/'data').is_dir(): pytest.skip('needs the data folder beside the project (or GRADSENTRY_SHARED)')
+    return path
