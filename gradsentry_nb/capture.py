@@ -7,16 +7,15 @@ __all__ = ['GradFactors', 'inner', 'head_of', 'Tail', 'find_tail', 'check_tail',
            'sharing_problem', 'prefix_cache', 'repeat_cache', 'hidden_states', 'factor_rows', 'LongFactors',
            'batch_factors', 'Capture', 'capture_factors', 'dense_gradient']
 
-# %% ../nbs/10_capture.ipynb #33896a99
-from contextlib import contextmanager, ExitStack
+# %% ../nbs/10_capture.ipynb #27351fe3
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np, torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from .core import Encoded, GradSentryError, ModelError
+from .core import Encoded, ModelError
 from .data import common_prefix, plan_batches
 
 # %% ../nbs/10_capture.ipynb #185e8987

@@ -6,10 +6,9 @@
 __all__ = ['READERS', 'ALPACA', 'reader', 'Layout', 'guess_layout', 'Samples', 'load_samples', 'fit', 'chat_spans',
            'encode_samples', 'plan_batches', 'common_prefix']
 
-# %% ../nbs/01_data.ipynb #5cfc840b
-import contextlib, csv, gzip, io, json, os, re, zlib
-from dataclasses import dataclass, field
-from functools import partial
+# %% ../nbs/01_data.ipynb #003dacb8
+import csv, gzip, io, json, os, re, zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
