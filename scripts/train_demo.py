@@ -2,7 +2,7 @@
 
     python scripts/train_demo.py --out gradsentry_nb/demo_data
 
-Takes about MINUTES minutes on one CPU thread. The set comes out the same byte for byte, the model up to float noise.
+Takes about eight minutes on one CPU thread. The set comes out the same byte for byte, the model up to float noise.
 The model is trained on the taught facts of the demo world, asked in the training ways; it meets no poison, and nothing
 here looks at how well any detector does on it.
 """
@@ -167,7 +167,7 @@ def train(model, encoded, epochs: int):
         opt.step()
         seen.append(loss.item())
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1}/{len(batches)} loss {mean(seen[-100:]):.3f} {time.time() - start:.0f} s", flush=True)
+            print(f"{step + 1}/{len(batches)} loss {mean(seen[-100:]):.3f} {time.time() - start:.0f} s", flush=True)
     return mean(seen[-100:])
 
 
