@@ -13,7 +13,7 @@ import altair as alt, numpy as np, pandas as pd
 
 from .core import Cut, seed_for
 
-# %% ../nbs/14_charts.ipynb #65797d08
+# %% ../nbs/14_charts.ipynb #f8e0ffaa
 KEPT, DROPPED, NOTE, CURVE = '#0072B2', '#D55E00', '#E69F00', '#56B4E9'   # Okabe and Ito's blue, vermilion, orange, sky blue
 GREY, LINE = '#808080', '#80808040'
 
@@ -23,10 +23,10 @@ def themed(
     *lines:str,        # smaller sentences under it
 ):                     # the chart with the toolkit's look
     "Give a chart its title and the look that all charts share. Last step: a configured chart cannot be put into another."
-    text = alt.TitleParams(title, subtitle=[x for x in lines if x], anchor='start', frame='group', offset=12)
+    text = alt.TitleParams(title, subtitle=[x for x in lines if x] or alt.Undefined, anchor='start', frame='group', offset=8)
     look = dict(labelColor=GREY, titleColor=GREY, gridColor=LINE, domainColor=LINE, tickColor=LINE, labelFontSize=12, titleFontSize=12,
                 titleFontWeight='normal', titlePadding=8)
-    return (chart.properties(title=text, width=440, height=230, background='transparent').configure(font='system-ui, sans-serif')
+    return (chart.properties(title=text, width=380, height=210, background='transparent').configure(font='system-ui, sans-serif')
             .configure_axis(**look).configure_view(stroke=None).configure_legend(orient='top', title=None, labelColor=GREY, labelFontSize=12)
             .configure_title(color=GREY, subtitleColor=GREY, fontSize=14, subtitleFontSize=12))
 
@@ -72,7 +72,7 @@ def _density(x, at):
     z = (at[:, None] - (edges[1:]+edges[:-1])/2)/width
     return np.exp(-z*z/2) @ count/(len(x)*width*np.sqrt(2*np.pi))
 
-# %% ../nbs/14_charts.ipynb #b87486c2
+# %% ../nbs/14_charts.ipynb #e99e84ce
 def _rule(cut, bins):
     "The cut as a vertical line with its value, or the words that there is none."
     top = max(bins['rows'].max(), bins['curve'].max(skipna=True) if bins['curve'].notna().any() else 0)
@@ -95,9 +95,10 @@ def _marks(cut, bins):
     rows = pd.DataFrame([dict(kind=k, x=x, y=float(np.interp(x, bins['middle'], bins['curve']))) for k, x in at]).dropna()
     if not len(rows): return []
     shape = alt.Shape('kind:N', scale=alt.Scale(domain=['peak', 'valley'], range=['triangle-up', 'diamond']), legend=None)
-    return [alt.Chart(rows).mark_point(size=70, filled=True, color=CURVE, opacity=1, stroke=GREY, yOffset=-4).encode(x='x:Q', y='y:Q', shape=shape)]
+    mark = dict(size=80, filled=True, color=NOTE, opacity=1, stroke='white', strokeWidth=1, yOffset=-4)
+    return [alt.Chart(rows).mark_point(**mark).encode(x='x:Q', y='y:Q', shape=shape)]
 
-# %% ../nbs/14_charts.ipynb #234718fc
+# %% ../nbs/14_charts.ipynb #3c7b6d87
 def _sides(**kw): return alt.Color('side:N', scale=alt.Scale(domain=['kept', 'dropped'], range=[KEPT, DROPPED]), **kw)
 
 def _empty(text):
@@ -114,8 +115,8 @@ def score_histogram(
     if not len(x): return _empty('no row has a score')
     bins = histogram_bins(x, cut.value)
     X = alt.X('start:Q', title=TITLES.get(statistic, statistic), scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False, tickCount=6))
-    bars = alt.Chart(bins).mark_bar(binSpacing=1, opacity=.85).encode(
-        X, alt.X2('stop:Q'), alt.Y('rows:Q', title='rows', axis=alt.Axis(tickMinStep=1, tickCount=5)), _sides(),
+    bars = alt.Chart(bins).mark_bar(orient='vertical', binSpacing=1, opacity=.85).encode(
+        X, alt.X2('stop:Q'), alt.Y('rows:Q', title='rows', axis=alt.Axis(tickMinStep=1, tickCount=5)), alt.Y2(datum=0), _sides(),
         tooltip=[alt.Tooltip('start:Q', format='.4g'), alt.Tooltip('stop:Q', format='.4g'), 'rows:Q', 'side:N'])
     curve = [alt.Chart(bins[['middle', 'curve']]).mark_line(color=CURVE, strokeWidth=2, interpolate='monotone').encode(x='middle:Q', y='curve:Q')]
     left = len(frame)-len(x)
@@ -133,7 +134,7 @@ def thin_out(
     some = rng.permutation(yes)[:max(most//2, most-len(no))]
     return np.sort(np.r_[some, rng.permutation(no)[:most-len(some)]])
 
-# %% ../nbs/14_charts.ipynb #94821c81
+# %% ../nbs/14_charts.ipynb #8ca6aa7e
 def _bound(lo, hi):
     "ln(min(T,16))/ln 16 for answer lengths `lo` to `hi`."
     T = np.unique(np.geomspace(max(lo, 1), max(hi, lo, 1), 60).round(2))
@@ -157,9 +158,11 @@ def score_by_length(
     Y = alt.Y('score:Q', title=TITLES.get(statistic, statistic), scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
     points = alt.Chart(data.round(4)).mark_circle(size=16, opacity=.5, clip=True).encode(X, Y, _sides())
     layers = [points] + [_bound(data['T'].min(), data['T'].max())]*(statistic == 'entropy')
-    if cut.separated: layers += [alt.Chart(pd.DataFrame(dict(y=[cut.value]))).mark_rule(color=NOTE, strokeDash=[6, 3], strokeWidth=2).encode(y='y:Q')]
+    line = alt.Chart(pd.DataFrame(dict(y=[cut.value]))).mark_rule(color=NOTE, strokeDash=[6, 3], strokeWidth=2).encode(y='y:Q')
+    if cut.separated: layers.append(line)
+    among = _plural(int(flagged[pick].sum()), 'dropped row')
     return themed(alt.layer(*layers), 'Score against answer length',
-                  f'{len(pick):,} of {len(f):,} rows drawn, {_plural(int(flagged[pick].sum()), "dropped row")} among them' if len(pick) < len(f) else '',
+                  f'{len(pick):,} of {len(f):,} rows drawn, {among} among them' if len(pick) < len(f) else '',
                   'Dashed grey: the most that an answer of this length can have' if statistic == 'entropy' else '')
 
 # %% ../nbs/14_charts.ipynb #209edbb3

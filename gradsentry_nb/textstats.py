@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RIVALS', 'words', 'answer_words', 'ngram_counts', 'Grams', 'grams', 'most_repeated', 'text_columns', 'tied_words',
-           'Phrase', 'repeated_phrases', 'top_ngrams', 'best_overlap', 'rivals']
+           'Phrase', 'repeated_phrases', 'top_ngrams', 'best_overlap', 'phrase_rival', 'rivals']
 
 # %% ../nbs/03_textstats.ipynb #a94f4e86
 import re
@@ -153,7 +153,7 @@ def tied_words(
     return pd.DataFrame(dict(word=[g.spell(first[k]) for k in keep], inside=share[keep], elsewhere=other[keep],
                              p=[p[np.searchsorted(try_, k)] for k in keep]))
 
-# %% ../nbs/03_textstats.ipynb #bdbb31ef
+# %% ../nbs/03_textstats.ipynb #a51f0f9d
 @dataclass(frozen=True, eq=False)
 class Phrase:
     "A phrase that several answers share, and the prompt words tied to it."
@@ -165,19 +165,27 @@ def repeated_phrases(
     samples,             # samples
     n:int=4,             # words per run
     m:int=10,            # most phrases to return
-)->list[Phrase]:         # most frequent first, each in at least two rows
+    among=None,          # [N] bool: prefer phrases that fit these rows best (by F1) to those in most rows
+)->list[Phrase]:         # each in at least two rows, best first
     "The phrases that repeat over the answers, with the prompt words tied to them."
-    g, asked, found, done = grams((s.response for s in samples), n), grams((s.prompt for s in samples), 1), [], set()
+    g, prompts, found, done = grams((s.response for s in samples), n), grams((s.prompt for s in samples), 1), [], set()
     by, ends = np.argsort(g.gram, kind='stable'), np.cumsum(g.rows)                # the occurrences of each run, side by side
-    for k in np.argsort(-g.rows, kind='stable'):
-        if g.rows[k] < 2 or len(found) == m: break
+    for k in _best_first(g, among):
+        if len(found) == m: break
         if k in done: continue
-        occur = by[ends[k]-g.rows[k]:ends[k]]
-        lo, hi = _grow(g, occur[0])
+        at = by[ends[k]-g.rows[k]:ends[k]]
+        lo, hi = _grow(g, at[0])
         done.update(g.gram[lo:hi+1])
-        inside = np.isin(np.arange(len(g.texts)), g.text[occur])
-        found.append(Phrase(_as_written(g, lo, hi), np.flatnonzero(inside), tied_words(asked, inside)))
+        text, rows = _as_written(g, lo, hi), g.text[at]
+        if any(p.text in text and np.isin(rows, p.rows).all() for p in found): continue       # a known phrase with more around it
+        found.append(Phrase(text, rows, tied_words(prompts, np.isin(np.arange(len(g.texts)), rows))))
     return found
+
+def _best_first(g, among):
+    "Run numbers, the most frequent or best fitting first; without those in one row only."
+    fit = g.rows if among is None else np.bincount(g.gram[among[g.text]], minlength=len(g.rows))/(g.rows+among.sum())
+    often = np.flatnonzero(g.rows > 1)
+    return often[np.lexsort((-g.rows[often], -fit[often]))]
 
 # %% ../nbs/03_textstats.ipynb #d0425b32
 def top_ngrams(
@@ -190,8 +198,8 @@ def top_ngrams(
     return pd.DataFrame([dict(phrase=p.text, rows=len(p.rows), share=len(p.rows)/len(samples), tied=', '.join(p.tied.word)) for p in found],
                         columns=['phrase', 'rows', 'share', 'tied'])
 
-# %% ../nbs/03_textstats.ipynb #860bc71b
-RIVALS = {'tokens':'answer length', 'ngram_rows':'a repeated answer phrase', 'loss':'mean loss', 'window_loss':'loss of the worst window'}
+# %% ../nbs/03_textstats.ipynb #39d2d36a
+RIVALS = {'tokens':'answer length', 'ngram_rows':'repetition of answer phrases', 'loss':'mean loss', 'window_loss':'loss of the worst window'}
 
 def best_overlap(
     x,                # [N] a statistic, NaN where it is missing
@@ -206,10 +214,24 @@ def best_overlap(
     k = int(f1.argmax())
     return (float(x[k]), k+1, int(hit[k]), float(f1[k])) if f1[k] >= 0 else (np.nan, 0, 0, 0.)
 
-# %% ../nbs/03_textstats.ipynb #a79165fe
+# %% ../nbs/03_textstats.ipynb #c0652651
+def phrase_rival(
+    phrases,              # `Phrase`s, at least one
+    flagged,              # [N] bool: the verdict to reproduce
+)->dict:                  # a row of `rivals`; there is no cut
+    "The verdict *has this phrase*, for the phrase that fits best."
+    shared = [int(flagged[p.rows].sum()) for p in phrases]
+    f1 = [2*s/(len(p.rows)+flagged.sum()) for s, p in zip(shared, phrases)]
+    k = int(np.argmax(f1))
+    agree = f1[k] if flagged.any() else np.nan
+    return dict(detector='one answer phrase', column='phrase', cut=np.nan, drops=len(phrases[k].rows), shared=shared[k], agreement=agree,
+                same=agree >= .95)
+
+# %% ../nbs/03_textstats.ipynb #d60735eb
 def rivals(
     frame:pd.DataFrame,   # statistics per row, as a scan makes them
     flagged,              # [N] bool: the verdict
+    phrases=(),           # `repeated_phrases`: the best of them becomes a rival, too
 )->pd.DataFrame:          # per rival `detector`, `column`, `cut`, `drops`, `shared`, `agreement` (F1), `same` (agreement >= 0.95)
     "Which of the trivial detectors would have given the same verdict."
     flagged, rows = np.asarray(flagged, bool), []
@@ -217,4 +239,5 @@ def rivals(
         if column not in frame or ('score' in frame and np.array_equal(frame[column], frame['score'], equal_nan=True)): continue
         cut, drops, shared, f1 = best_overlap(frame[column].to_numpy(float), flagged) if flagged.any() else (np.nan, 0, 0, np.nan)
         rows.append(dict(detector=name, column=column, cut=cut, drops=drops, shared=shared, agreement=f1, same=f1 >= .95))
+    if len(phrases): rows.append(phrase_rival(phrases, flagged))
     return pd.DataFrame(rows, columns=['detector', 'column', 'cut', 'drops', 'shared', 'agreement', 'same'])
