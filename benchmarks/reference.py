@@ -3,7 +3,6 @@ import numpy as np
 import torch
 
 from gradsentry_nb.capture import pad_right
-from gradsentry_nb.data import plan_batches
 
 
 def published_entropy(model, encoded):

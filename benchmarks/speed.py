@@ -18,7 +18,7 @@ from benchmarks.reference import plain_forward, published_entropy
 from gradsentry_nb.capture import Capture
 from gradsentry_nb.core import Sample
 from gradsentry_nb.data import Samples, encode_samples, load_samples
-from gradsentry_nb.sentry import Sentry, load_model
+from gradsentry_nb.sentry import load_model
 from gradsentry_nb.spectrum import row_grams, statistics
 
 SHARED = Path(__file__).resolve().parent.parent.parent/'shared'

@@ -30,7 +30,7 @@ def unit_gram(
     scale = norms.clamp_min(torch.finfo(K.dtype).tiny**.5)
     return K/scale[:, None]/scale, norms
 
-# %% ../nbs/10_capture.ipynb #6327491d
+# %% ../nbs/10_capture.ipynb #abc5fa3c
 @dataclass(frozen=True, eq=False)
 class GradFactors:
     "The gradient `G = D.T @ H` of one sample's mean loss in a linear layer's weight, as its two factors."
@@ -48,6 +48,7 @@ class GradFactors:
     def gram(self)->tuple:
         "(K [T, T], norms [T]): the Gram matrix of `D` with rows scaled to length 1, and their lengths."
         return unit_gram(self.D)
+    def input_gram(self)->tuple: return unit_gram(self.H)  # the same of `H`
 
 # %% ../nbs/10_capture.ipynb #96819486
 def inner(
@@ -221,7 +222,7 @@ def factor_rows(
     D[at, y] = torch.expm1(-loss)                              # p_y-1
     return tail.chain(D, z), loss
 
-# %% ../nbs/10_capture.ipynb #f1f9e7c6
+# %% ../nbs/10_capture.ipynb #535cbb4e
 @dataclass(frozen=True, eq=False)
 class LongFactors:
     "Factors of a very long answer: `D` is made in blocks of tokens whenever it is needed."
@@ -233,6 +234,7 @@ class LongFactors:
 
     @property
     def T(self)->int: return len(self.H)
+    def input_gram(self)->tuple: return unit_gram(self.H)
     def part(self, a)->Tensor: return self.blocks(a, min(a+self.step, self.T))[:, :self.cols]
     def crop(self, n:int)->'LongFactors':
         "The crop of `GradFactors.crop`, on blocks."

@@ -6,9 +6,9 @@
 __all__ = ['PRESETS', 'EMPTY', 'CHUNK', 'NOT_FINITE', 'Settings', 'settings_for', 'load_model', 'ScanInterrupted', 'Sentry',
            'fingerprint', 'verdict_of']
 
-# %% ../nbs/13_sentry.ipynb #ffde4bc3
+# %% ../nbs/13_sentry.ipynb #4984a088
 import hashlib, math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np, pandas as pd, torch
 

@@ -7,14 +7,13 @@ __all__ = ['EPS', 'WINDOW', 'STATISTICS', 'gram_root', 'product_svals', 'svals',
            'entropy_bound', 'entropy_by_length', 'effective_rank', 'surprise_kernel', 'log_volume', 'window_loss',
            'RowGrams', 'row_grams', 'statistics', 'sketch']
 
-# %% ../nbs/11_spectrum.ipynb #bec012f6
+# %% ../nbs/11_spectrum.ipynb #dba71d2a
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .capture import unit_gram
 from .core import SettingError
 
 # %% ../nbs/11_spectrum.ipynb #71568965
@@ -33,12 +32,12 @@ def product_svals(
     "Singular values of `D.T @ H` from the roots of the two Gram matrices."
     return torch.linalg.svdvals(RD.transpose(-1, -2)@RH)
 
-# %% ../nbs/11_spectrum.ipynb #48e763b8
+# %% ../nbs/11_spectrum.ipynb #76e4fff4
 def svals(
     f,                 # `GradFactors` or `LongFactors` of one sample
 )->Tensor:             # [min(T, d)] float64, largest first
     "Singular values of `D.T @ H`, exactly and without forming it."
-    return product_svals(gram_root(*f.gram()), gram_root(*unit_gram(f.H)))[:f.H.shape[1]]
+    return product_svals(gram_root(*f.gram()), gram_root(*f.input_gram()))[:f.H.shape[1]]
 
 # %% ../nbs/11_spectrum.ipynb #7be663e4
 EPS = 1e-12  # eq. 5
@@ -128,7 +127,7 @@ def window_loss(
     "The largest summed loss of `window` consecutive tokens: what log-volume would be if all tokens differed."
     return loss.double().unfold(-1, min(window, loss.shape[-1]), 1).sum(-1).amax(-1)
 
-# %% ../nbs/11_spectrum.ipynb #a4870551
+# %% ../nbs/11_spectrum.ipynb #1f52306b
 @dataclass(frozen=True, eq=False)
 class RowGrams:
     "What the statistics need of one sample: Gram matrices of its factors."
@@ -143,8 +142,8 @@ def row_grams(
     crop:int=1,    # spectrum of the first 1/crop of rows and columns
 )->RowGrams:
     "Reduce a sample's factors to Gram matrices."
-    D, H, c = f.gram(), unit_gram(f.H), f.crop(crop)
-    return RowGrams(D, H, *((D, H) if crop == 1 else (c.gram(), unit_gram(c.H))), f.loss)
+    D, H, c = f.gram(), f.input_gram(), f.crop(crop)
+    return RowGrams(D, H, *((D, H) if crop == 1 else (c.gram(), c.input_gram())), f.loss)
 
 # %% ../nbs/11_spectrum.ipynb #72d067b1
 def _same_length(rows, k, window):
