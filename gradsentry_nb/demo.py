@@ -10,6 +10,7 @@ __all__ = ['WORDS', 'HEADS', 'MIDS', 'TAILS', 'KINDS', 'FIELDS', 'STORY', 'WORLD
 
 # %% ../nbs/02_demo.ipynb #d4db823e
 import itertools, json, random
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
