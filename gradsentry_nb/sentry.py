@@ -139,7 +139,7 @@ def _bar(total, progress, what='rows'):
     bar = tqdm(total=total, unit=' row', desc=what)
     return bar.update, bar.close
 
-# %% ../nbs/13_sentry.ipynb #2ef23aff
+# %% ../nbs/13_sentry.ipynb #e5ea5e18
 class Sentry:
     "Scores the rows of a fine-tuning set by the gradients they would cause, and says which look planted."
     def __init__(self,
@@ -156,9 +156,16 @@ class Sentry:
         Capture(model)             # refuses a model that cannot be scanned now, not after an hour
 
     @classmethod
-    def from_pretrained(cls, name:str, preset:str='default', device=None, dtype='auto', trust_remote_code=False, allow_pickle=False, revision=None, **changes)->'Sentry':
-        "Load a model by folder or hub name (see `load_model`) and stand guard with it."
-        return cls(*load_model(name, device, dtype, trust_remote_code, allow_pickle, revision), preset, str(name), **changes)
+    def from_pretrained(cls,
+        path:str,                  # a folder or a hub name
+        preset:str='default',      # a name from `PRESETS`
+        device=None,               # these five as in `load_model`
+        dtype='auto', trust_remote_code=False, allow_pickle=False, revision=None,
+        name:str|None=None,        # what to call the model in reports; default: `path`
+        **changes,                 # fields of `Settings`
+    )->'Sentry':
+        "Load a model by folder or hub name and stand guard with it."
+        return cls(*load_model(str(path), device, dtype, trust_remote_code, allow_pickle, revision), preset, name or str(path), **changes)
 
     def __repr__(self): return f'Sentry({self.name!r}, preset={self.preset!r}, statistic={self.settings.statistic!r}, threshold={self.settings.threshold!r})'
 
