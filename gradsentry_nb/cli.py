@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['dry_run', 'main']
 
-# %% ../nbs/52_cli.ipynb #7494aa78
+# %% ../nbs/52_cli.ipynb #662b43c1
 import argparse, os, sys
-from pathlib import Path
+from pathlib import Path  # everything else is imported where it is used: ctrl-C must find `main` from the first moment
 
-from .core import GradSentryError, SettingError, visible
-
-# %% ../nbs/52_cli.ipynb #f7fa339a
+# %% ../nbs/52_cli.ipynb #30b5f5e9
 def _scan_arguments(p):
     "Options that every scan has."
     p.add_argument('--out', type=Path, default=Path('gradsentry-out'), metavar='DIR', help='folder for the results (default: %(default)s)')
@@ -29,7 +27,7 @@ def _model_arguments(p):
     p.add_argument('--device', help='cpu, cuda, cuda:1, or auto to spread over what there is')
     p.add_argument('--dtype', default='auto', help='auto, float32, bfloat16, float16, float64')
     p.add_argument('--max-length', type=int, help='most tokens of a row (default: 2048, or what the model can)')
-    p.add_argument('--budget', type=int, help='most tokens in a batch (default: 4096)')
+    p.add_argument('--budget', type=int, help='most tokens in a batch (default: 2048)')
     p.add_argument('--trust-remote-code', action='store_true', help="run code from the model's repository")
     p.add_argument('--allow-pickle', action='store_true', help='load weights that are not safetensors')
 
@@ -54,7 +52,7 @@ def _parser():
     _scan_arguments(demo); demo.set_defaults(out=Path('gradsentry-demo'))
     return parser
 
-# %% ../nbs/52_cli.ipynb #f68fcbb6
+# %% ../nbs/52_cli.ipynb #041e739e
 def _changes(a):
     "Settings that the arguments name."
     names = 'statistic', 'threshold', 'fpr', 'seed', 'max_length', 'budget'
@@ -64,35 +62,44 @@ def _changes(a):
 
 def _read(a):
     "The samples that the arguments name."
+    from gradsentry_nb.core import SettingError
     from gradsentry_nb.data import load_samples
     if a.limit is not None and a.limit < 1: raise SettingError(f'--limit must be at least 1, not {a.limit}.')
     return load_samples(a.source, a.prompt, a.response, a.messages, a.context, a.split, limit=a.limit)
 
 def _check(a):
     "Refuse what can be refused before anything is loaded."
+    from gradsentry_nb.core import SettingError
+    from gradsentry_nb.report import check_out
     from gradsentry_nb.sentry import settings_for
+    if not getattr(a, 'dry_run', False): check_out(a.out, [getattr(a, 'source', None), a.known_clean])
     settings = settings_for(a.preset, **_changes(a))
     if settings.threshold == 'calibrated' and not a.known_clean: raise SettingError('A calibrated cut needs rows that are known to be clean: --known-clean FILE.')
     if a.known_clean and settings.threshold != 'calibrated': raise SettingError('--known-clean is only used by --threshold calibrated.')
+    if a.fpr is not None and settings.threshold != 'calibrated': raise SettingError('--fpr is the rate of a calibrated cut: add --known-clean FILE.')
     return settings
 
-# %% ../nbs/52_cli.ipynb #4ce81ed0
+# %% ../nbs/52_cli.ipynb #030f8854
 def _finish(a, sentry, samples, truth=None):
     "Scan, write the files, print the summary."
+    from gradsentry_nb.core import visible
     from gradsentry_nb.data import load_samples
     from gradsentry_nb.report import summary_text, write_outputs
+    from gradsentry_nb.sentry import ScanInterrupted
     known = load_samples(a.known_clean) if a.known_clean else None
-    if known is not None: print(f'{visible(known.source)}: {len(known):,} known-clean rows.')
+    if known is not None: print(f'{visible(known.source)}: {len(known):,} known-clean row{"s"*(len(known) != 1)}.')
     verdict = sentry.filter(samples, known, progress=not a.quiet)
-    files = write_outputs(verdict, samples, a.out)
+    try: files = write_outputs(verdict, samples, a.out, [a.known_clean])
+    except KeyboardInterrupt: raise ScanInterrupted(verdict.scores) from None
     print(summary_text(verdict, samples, files))
     return verdict
 
 def _scan(a):
+    from gradsentry_nb.core import visible
     from gradsentry_nb.sentry import Sentry
     changes, _ = _changes(a), _check(a)
     samples = _read(a)
-    print(f'{visible(samples.source)}: {len(samples):,} rows, {"; ".join(map(visible, samples.said))}.')
+    print(f'{visible(samples.source)}: {len(samples):,} row{"s"*(len(samples) != 1)}, {"; ".join(map(visible, samples.said))}.')
     _quiet_loading()
     sentry = Sentry.from_pretrained(a.model, a.preset, a.device, a.dtype, a.trust_remote_code, a.allow_pickle, **changes)
     if a.dry_run: return print(dry_run(sentry, samples))
@@ -103,13 +110,14 @@ def _quiet_loading():
     import transformers
     transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
 
-# %% ../nbs/52_cli.ipynb #989bbcbf
+# %% ../nbs/52_cli.ipynb #2b63b6b4
 def dry_run(
     sentry,        # a `Sentry`
     samples,       # `Samples`
     row:int=0,     # which row to show
 )->str:
     "How `row` is tokenised: prompt tokens plain, supervised tokens in [brackets]."
+    from gradsentry_nb.core import visible
     encoded = sentry.encode(samples[:1000]); e, n = encoded[row], len(encoded)
     tokens = [visible(sentry.tokenizer.decode([int(i)])) for i in e.ids]
     shown = ''.join(f'[{t}]' if on else t for t, on in zip(tokens, e.supervised))
@@ -132,11 +140,11 @@ def _demo(a):
     print(f'\nThe known truth, which the scan never saw: {evaluate(verdict, demo_truth())}'
           '\n\nTo scan your own file: gradsentry scan FILE --model MODEL --out DIR\n(FILE: .jsonl, .json, .csv, .parquet or a hub name; MODEL: a folder or hub name; see gradsentry scan --help)')
 
-# %% ../nbs/52_cli.ipynb #dfab0c16
+# %% ../nbs/52_cli.ipynb #89d1887f
 def _interrupted(a, e):
     "Keep what an interrupted scan has finished."
-    from gradsentry_nb.core import save_scores
     if not len(getattr(e, 'scores', ())): return print('Interrupted before any row was scored.', file=sys.stderr)
+    from gradsentry_nb.core import save_scores, visible
     a.out.mkdir(parents=True, exist_ok=True)
     path = a.out/'scores-partial.parquet'
     save_scores(e.scores, path)
@@ -147,9 +155,14 @@ def main(
 )->int:          # exit status
     "The `gradsentry` command."
     a = _parser().parse_args(argv)
-    try: {'scan': _scan, 'demo': _demo}[a.command](a)
-    except GradSentryError as e: print(f'gradsentry: {e}', file=sys.stderr); return 2
+    try: return _run(a)
     except KeyboardInterrupt as e: _interrupted(a, e); return 130
+
+def _run(a):
+    "Run the command; an error that we know is one line, whatever stands in the data that it names."
+    from gradsentry_nb.core import GradSentryError, visible
+    try: {'scan': _scan, 'demo': _demo}[a.command](a); sys.stdout.flush()
+    except GradSentryError as e: print(f'gradsentry: {visible(e)}', file=sys.stderr); return 2
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 141
     return 0
 

@@ -204,7 +204,7 @@ def _frame(columns):
     numeric = lambda v: any(isinstance(x, (int, float)) for x in v) and all(x is None or isinstance(x, (int, float)) for x in v)
     return pd.DataFrame({c: np.array(v, float) if None in v and numeric(v) else v for c, v in columns.items()})
 
-# %% ../nbs/00_core.ipynb #3319beb1
+# %% ../nbs/00_core.ipynb #3fa53b34
 def verdict_to_json(
     verdict:Verdict,  # what to write
 )->str:               # JSON text, with every row's statistics
@@ -220,7 +220,7 @@ def verdict_from_json(
 )->Verdict:
     "The verdict back from its JSON text."
     d = json.loads(text)
-    if d.get('format') != 'gradsentry-verdict-1': raise GradSentryError('This is no gradsentry verdict: its "format" is not "gradsentry-verdict-1".')
+    if not isinstance(d, dict) or d.get('format') != 'gradsentry-verdict-1': raise GradSentryError('This is no gradsentry verdict: its "format" is not "gradsentry-verdict-1".')
     return Verdict(Scores(_frame(d['scores']), d['info']), Cut(**d['cut']), _frame(d['rivals']))
 
 Verdict.to_json, Verdict.from_json = verdict_to_json, staticmethod(verdict_from_json)

@@ -6,9 +6,9 @@
 __all__ = ['READERS', 'ALPACA', 'reader', 'Layout', 'guess_layout', 'Samples', 'load_samples', 'fit', 'chat_spans',
            'encode_samples', 'plan_batches', 'common_prefix']
 
-# %% ../nbs/01_data.ipynb #003dacb8
+# %% ../nbs/01_data.ipynb #885a401d
 import csv, gzip, io, json, os, re, zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ def _ending(path):
     name = Path(path).name.lower().removesuffix('.gz')
     return Path(name).suffix
 
-# %% ../nbs/01_data.ipynb #ba61d559
+# %% ../nbs/01_data.ipynb #b0c9f438
 def _lines(path):
     "Yield (number, line) of a UTF-8 text file, gzipped or not; broken bytes are an error that names the line."
     name, n = Path(path).name, 0
@@ -41,25 +41,34 @@ def _lines(path):
         raise DataError(f'{name}, line {n}: not UTF-8 text (byte 0x{e.object[e.start]:02x}); save the file as UTF-8.') from e
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise DataError(f'{name}: the compressed file is broken or ends early after line {n}; download or compress it again.') from e
+    except OSError as e: raise DataError(f'{name}: the file cannot be read ({e.strerror or e}).') from e
 
-# %% ../nbs/01_data.ipynb #dd94c188
+# %% ../nbs/01_data.ipynb #0452de63
 def _dump(row):
     "A row that was no JSON to begin with, as one line of JSON."
-    try: text = json.dumps(row, ensure_ascii=False, default=str); text.encode(); return text
-    except UnicodeEncodeError: return json.dumps(row, default=str)   # lone surrogates only exist escaped
+    plain = lambda x: x.tolist() if hasattr(x, 'tolist') else str(x)
+    try: text = json.dumps(row, ensure_ascii=False, default=plain); text.encode(); return text
+    except UnicodeEncodeError: return json.dumps(row, default=plain)   # lone surrogates only exist escaped
+
+def _loads(text, where):
+    "JSON, or one of the two errors that are not about its grammar."
+    try: return json.loads(text)
+    except RecursionError as e: raise DataError(f'{where}: JSON nested too deeply to be a sample.') from e
+    except json.JSONDecodeError: raise
+    except ValueError as e: raise DataError(f'{where}: a number with too many digits to be read; write it as text.') from e
+
+def _said(e): return f'{e.msg.removesuffix(" at")} at column {e.colno}'
 
 def _parse(text, name, place):
-    try: return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise DataError(f'{name}, {place}: broken JSON ({e.msg} at column {e.colno}); mend or remove this line.') from e
-    except RecursionError as e: raise DataError(f'{name}, {place}: JSON nested too deeply to be a sample.') from e
+    try: return _loads(text, f'{name}, {place}')
+    except json.JSONDecodeError as e: raise DataError(f'{name}, {place}: broken JSON ({_said(e)}); mend or remove this line.') from e
 
 @reader('.jsonl', '.ndjson')
 def _read_jsonl(path):
     for n, line in _lines(path):
         if line.strip(): yield f'line {n}', _parse(line, Path(path).name, f'line {n}'), line.rstrip('\r\n')
 
-# %% ../nbs/01_data.ipynb #a9e0a73a
+# %% ../nbs/01_data.ipynb #7be2b684
 def _rows_in(doc, name):
     "The list of rows inside a JSON document."
     if isinstance(doc, list): return doc
@@ -71,34 +80,36 @@ def _rows_in(doc, name):
 @reader('.json')
 def _read_json(path):
     name, text = Path(path).name, ''.join(line for _, line in _lines(path))
-    try: doc = json.loads(text)
+    if not text.strip(): return
+    try: doc = _loads(text, name)
     except json.JSONDecodeError as e:
         if e.msg == 'Extra data': yield from _read_jsonl(path); return
-        raise DataError(f'{name}, line {e.lineno}: broken JSON ({e.msg} at column {e.colno}); is the file complete?') from e
+        raise DataError(f'{name}, line {e.lineno}: broken JSON ({_said(e)}); is the file complete?') from e
     for n, row in enumerate(_rows_in(doc, name), 1): yield f'row {n}', row, _dump(row)
 
-# %% ../nbs/01_data.ipynb #f19e8f5b
+# %% ../nbs/01_data.ipynb #e0a69cad
 @reader('.csv', '.tsv')
 def _read_csv(path):
     name, lines = Path(path).name, (line for _, line in _lines(path))
     csv.field_size_limit(2**31-1)
     rows = csv.DictReader(lines, delimiter='\t' if _ending(path) == '.tsv' else ',', strict=True, restkey='', restval=None)
     try:
+        if twice := {c for c in rows.fieldnames or () if rows.fieldnames.count(c) > 1}: raise DataError(f'{name}, line 1: the header names {min(twice)!r} twice; rename one.')
         for n, row in enumerate(rows, 1):
             if '' in row and isinstance(row[''], list): raise DataError(f'{name}, row {n}: more fields than the header names; quote text that contains the separator.')
             yield f'row {n}', row, _dump(row)
-    except csv.Error as e: raise DataError(f'{name}, near line {rows.line_num}: broken CSV ({e}).') from e
+    except csv.Error as e: raise DataError(f'{name}, near line {rows.line_num+1}: broken CSV ({e}).') from e
 
-# %% ../nbs/01_data.ipynb #3d8bc206
+# %% ../nbs/01_data.ipynb #e6c66a71
 @reader('.parquet')
 def _read_parquet(path):
     import pyarrow as pa, pyarrow.parquet as pq
     name, n = Path(path).name, 0
-    source = io.BytesIO(gzip.open(path).read()) if str(path).lower().endswith('.gz') else str(path)
     try:
+        source = io.BytesIO(gzip.open(path).read()) if str(path).lower().endswith('.gz') else str(path)
         for batch in pq.ParquetFile(source).iter_batches(1024):
             for row in batch.to_pylist(): n += 1; yield f'row {n}', row, _dump(row)
-    except (pa.ArrowException, OSError) as e: raise DataError(f'{name}: broken or truncated Parquet file (after row {n}).') from e
+    except (pa.ArrowException, OSError, EOFError, ValueError, zlib.error) as e: raise DataError(f'{name}: broken or truncated Parquet file (after row {n}).') from e
 
 # %% ../nbs/01_data.ipynb #44d8e217
 @dataclass(frozen=True)
@@ -115,7 +126,7 @@ class Layout:
         if self.alpaca: return f"Alpaca rows: prompt from 'instruction'{' and '+repr(self.context) if self.context else ''}, response from {self.response!r}"
         return f"prompt from {self.prompt!r}{f' after {self.context!r}' if self.context else ''}, response from {self.response!r}"
 
-# %% ../nbs/01_data.ipynb #af4a7985
+# %% ../nbs/01_data.ipynb #1a2a1ee1
 _PROMPTS = 'prompt', 'question', 'query', 'instruction', 'input', 'inputs', 'source'
 _RESPONSES = 'response', 'completion', 'answer', 'answers', 'output', 'outputs', 'target', 'targets', 'chosen'
 _CHATS = 'messages', 'conversations', 'conversation'
@@ -130,10 +141,11 @@ def guess_layout(
     if len(chat) == 1 and not (p and r): return Layout(messages=chat[0])
     if {'instruction', 'output'} <= set(columns): return Layout('instruction', 'output', 'input' if 'input' in columns else None, alpaca=True)
     if len(p) == 1 and len(r) == 1 and not chat: return Layout(p[0], r[0], *[c for c in ('context',) if c in columns])
+    if not columns: raise DataError(f'{name}: its first row has no fields; it needs a prompt and a response.')
     what = 'no column that is surely the prompt and the response' if not (p and r) else f'several that could be them ({", ".join(p+r+chat)})'
     raise DataError(f'{name}: {what}; the columns are {", ".join(map(visible, map(str, columns)))}. Name them with prompt= and response= (--prompt, --response).')
 
-# %% ../nbs/01_data.ipynb #9be5196e
+# %% ../nbs/01_data.ipynb #034bc74a
 ALPACA = ('Below is an instruction that describes a task{more}. Write a response that appropriately completes the request.\n\n'
           '### Instruction:\n{instruction}\n\n{input}### Response:\n')  # the wording Alpaca models are trained on
 
@@ -143,7 +155,7 @@ def _text(row, field, where):
     value = row[field]
     if isinstance(value, (list, tuple, np.ndarray)) and all(isinstance(x, str) for x in value): return '; '.join(value)
     if isinstance(value, str): return value
-    raise DataError(f'{where}: the field {field!r} holds {visible(json.dumps(value, default=str), 40)} ({type(value).__name__}), not text.')
+    raise DataError(f'{where}: the field {field!r} holds {visible(json.dumps(value, default=str), 40)}, not text.')
 
 def _alpaca(row, layout, where):
     extra = _text(row, layout.context, where) if layout.context in row else ''
@@ -177,12 +189,12 @@ def _sample_parts(row, layout, where):
     context = _text(row, layout.context, where)+'\n\n' if layout.context in row else ''
     return context+_text(row, layout.prompt, where), _text(row, layout.response, where), None
 
-# %% ../nbs/01_data.ipynb #ad5346c2
+# %% ../nbs/01_data.ipynb #b6a00ac9
 class Samples(list):
-    "A list of `Sample`s with the name of their source and how it was read."
-    def __init__(self, items=(), source='rows', said=()): super().__init__(items); self.source, self.said = source, list(said)
+    "A list of `Sample`s with the name of their source, how it was read and the path where it lies."
+    def __init__(self, items=(), source='rows', said=(), path=None): super().__init__(items); self.source, self.said, self.path = source, list(said), path
     def __repr__(self): return f'Samples({len(self)} rows from {self.source}: {"; ".join(self.said)})'
-    def __getitem__(self, i): return Samples(super().__getitem__(i), self.source, self.said) if isinstance(i, slice) else super().__getitem__(i)
+    def __getitem__(self, i): return Samples(super().__getitem__(i), self.source, self.said, self.path) if isinstance(i, slice) else super().__getitem__(i)
     def _repr_html_(self):
         import html, pandas as pd
         rows = [dict(row=s.row, prompt=visible(s.prompt[-120:]), response=visible(s.response, 160)) for s in self[:5]]
@@ -205,31 +217,34 @@ def _saved_rows(path, split):
     except Exception as e: raise DataError(f'{path.name}: this saved data set is broken ({type(e).__name__}: {visible(str(e), 160)}).') from e
     yield from _plain_rows(_split(data, split, path.name))
 
-# %% ../nbs/01_data.ipynb #23a45261
+# %% ../nbs/01_data.ipynb #c734b1d9
 def _split(data, split, name):
     "One split of a dataset that may have several."
-    if not isinstance(data, dict): return data
+    if not isinstance(data, dict):
+        if split is None: return data
+        raise DataError(f'{visible(name)}: this has no splits, so there is no {split!r}; leave out split= (--split).')
     if split is None and len(data) == 1: return next(iter(data.values()))
     if (split or 'train') in data: return data[split or 'train']
     raise DataError(f'{name}: there is no split {split or "train"!r}; choose one of {", ".join(data)} with split= (--split).')
 
 def _plain_rows(rows):
     "Rows of a list, a frame or a dataset object."
-    if hasattr(rows, 'to_dict') and hasattr(rows, 'columns'): rows = rows.to_dict('records')
+    if hasattr(rows, 'to_dict') and hasattr(rows, 'columns'): rows = rows.astype(object).where(rows.notna(), None).to_dict('records')
     for n, row in enumerate(rows, 1): yield f'row {n}', row, _dump(row)
 
-# %% ../nbs/01_data.ipynb #13d9dd95
+# %% ../nbs/01_data.ipynb #4e89e2fc
 def _open(source, split, revision):
     "(name, iterator of (place, row, raw)) for anything that `load_samples` takes."
     if not isinstance(source, (str, os.PathLike)): return type(source).__name__, _plain_rows(_split(source, split, type(source).__name__))
     path, name = Path(source), str(source)
+    if len(path.name) > 255 or '\0' in name: raise DataError(f'{visible(name, 80)}: there is no such file.')
     if path.is_dir(): return path.name, _saved_rows(path, split)
-    if path.exists() and _ending(path) in READERS: return path.name, READERS[_ending(path)](path)
+    if path.exists() and _ending(path) in READERS: _split(None, split, path.name); return path.name, READERS[_ending(path)](path)
     if path.exists(): raise DataError(f'{visible(path.name)}: unknown format {_ending(path)!r}; readable are {", ".join(READERS)}, each also with .gz.')
     if re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', name) and _ending(name) not in READERS: return name, _hub_rows(name, split, revision)
     raise DataError(f'{visible(name)}: there is no such file.')
 
-# %% ../nbs/01_data.ipynb #de8bcaf9
+# %% ../nbs/01_data.ipynb #bd25470b
 def load_samples(
     source,                     # a file, folder or hub name; or a dataset, a frame, a list of dicts
     prompt:str|None=None,       # column of the prompt; guessed when unambiguous
@@ -243,16 +258,18 @@ def load_samples(
     "Read fine-tuning samples from almost anything; a `DataError` names file, row and field that cannot be read."
     if bool(prompt) != bool(response): raise SettingError('Name both columns or none: prompt= and response= (--prompt and --response).')
     name, rows = _open(source, split, revision)
+    if messages and (prompt or context): raise SettingError('Chat turns hold prompt and response: give messages= (--messages) or the other columns, not both.')
     layout = Layout(prompt, response, context, messages) if prompt or messages else None
     out, seen = [], {}
     for i, (place, row, raw) in enumerate(rows):
         if limit is not None and i >= limit: break
-        if layout is None and isinstance(row, dict): layout = guess_layout(list(row), name)
+        if layout is None and isinstance(row, dict): layout = replace(guess_layout(list(row), name), **dict(context=context) if context else {})
+        if i == 0 and context and isinstance(row, dict): _text(row, context, f'{visible(name)}, {place}')
         p, r, turns = _sample_parts(row, layout, f'{visible(name)}, {place}')
         key = content_hash(turns or p, r)
         out.append(Sample(f'{key}-{seen.setdefault(key, 0)}', p, r, i, turns, raw)); seen[key] += 1
     if not out: raise DataError(f'{visible(name)}: there are no rows in it.')
-    return Samples(out, name, [str(layout)])
+    return Samples(out, name, [str(layout)], os.path.abspath(source) if isinstance(source, (str, os.PathLike)) else None)
 
 # %% ../nbs/01_data.ipynb #33703339
 def _clean(text):

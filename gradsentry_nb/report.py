@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'esc', 'clip_middle', 'shared_ends', 'headline', 'found_phrases', 'unexplained', 'all_rivals',
-           'rival_sentences', 'report_html', 'summary_text', 'write_outputs']
+           'rival_sentences', 'report_html', 'summary_text', 'check_out', 'write_outputs']
 
 # %% ../nbs/16_report.ipynb #02c52c44
 import html, os, re, shutil, tempfile
@@ -299,7 +299,7 @@ def _matched(verdict, samples):
     if list(verdict.scores.frame['id']) != [s.id for s in samples]:
         raise GradSentryError(f'This verdict is about {len(verdict.scores):,} other rows: give the samples that were scored, in the same order.')
 
-# %% ../nbs/16_report.ipynb #7326e799
+# %% ../nbs/16_report.ipynb #8d31f297
 def summary_text(
     verdict,          # a `Verdict`
     samples,          # its samples
@@ -343,12 +343,17 @@ def _write_all(verdict, samples, folder):
     (folder/'verdict.json').write_text(verdict.to_json(), encoding='utf8')
     (folder/'report.html').write_text(report_html(verdict, samples), encoding='utf8')
 
-# %% ../nbs/16_report.ipynb #c3aae2a6
-def _guard(verdict, samples, out):
-    "Refuse to write over an input or over a folder."
-    info = verdict.scores.info
-    given = [getattr(samples, 'source', None), info.get('source'), *(info.get('settings') or {}).values()]
-    given = [p for p in given if isinstance(p, (str, Path)) and '\0' not in str(p) and len(str(p)) < 4096 and os.path.isfile(p)]
+# %% ../nbs/16_report.ipynb #9a31ef7c
+def check_out(
+    out,              # a folder, perhaps not there yet
+    inputs=(),        # files that were read; what is no file is passed over
+):
+    "Refuse a place where results cannot be written, or where they would replace an input or a folder; changes nothing."
+    out = Path(out)
+    there = next(p for p in [out, *out.absolute().parents] if p.exists())
+    if not there.is_dir(): raise DataError(f'{out}: the results cannot be written there: {there} is a file.')
+    if not os.access(there, os.W_OK): raise DataError(f'{out}: the results cannot be written there: {there} does not allow it.')
+    given = [p for p in inputs if isinstance(p, (str, Path)) and os.path.isfile(p)]
     for name in FILES.values():
         if (out/name).is_dir(): raise DataError(f'{out/name} is a folder; choose another place for the results.')
         if (out/name).exists() and any(os.path.samefile(p, out/name) for p in given):
@@ -358,14 +363,16 @@ def write_outputs(
     verdict,                  # a `Verdict`
     samples,                  # its samples, in the order of its scores
     out,                      # a folder; made where missing
+    inputs=(),                # files that were read besides the samples' own: never written over
 )->dict[str, Path]:           # what was written: 'clean', 'dropped', 'report', 'scores', 'description', 'verdict'
     "Write cleaned and dropped rows, scores, verdict and report to `out`, or nothing."
     _matched(verdict, samples)
     out, made, work = Path(out), None, None
+    check_out(out, [getattr(samples, 'path', None), *inputs])
     try:
         made = next((p for p in [*reversed(out.parents), out] if not p.exists()), None)
         out.mkdir(parents=True, exist_ok=True)
-        _guard(verdict, samples, out)
+
         work = Path(tempfile.mkdtemp(prefix='.gradsentry-', dir=out))
         _write_all(verdict, samples, work)
         for name in FILES.values(): os.replace(work/name, out/name)

@@ -6,9 +6,10 @@
 __all__ = ['PRESETS', 'EMPTY', 'CHUNK', 'NOT_FINITE', 'Settings', 'settings_for', 'load_model', 'ScanInterrupted', 'Sentry',
            'fingerprint', 'verdict_of']
 
-# %% ../nbs/13_sentry.ipynb #4984a088
-import hashlib, math
+# %% ../nbs/13_sentry.ipynb #4039db31
+import hashlib, math, re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 
@@ -17,9 +18,9 @@ from .core import Cut, DataError, GradSentryError, ModelError, Scores, SettingEr
 from .data import Samples, encode_samples, load_samples
 from .spectrum import STATISTICS, WINDOW, row_grams, statistics
 from .textstats import rivals, text_columns
-from .threshold import THRESHOLDS, find_cut, p_values
+from .threshold import THRESHOLDS, check_rate, find_cut, p_values
 
-# %% ../nbs/13_sentry.ipynb #199555bd
+# %% ../nbs/13_sentry.ipynb #8f628959
 @dataclass(frozen=True)
 class Settings:
     "What a scan computes and how it cuts."
@@ -30,13 +31,14 @@ class Settings:
     window:int = WINDOW                # tokens in a log-volume window
     fpr:float = .01                    # wanted false-positive rate of a calibrated cut
     max_length:int = 2048              # most tokens of a row
-    budget:int = 4096                  # most tokens in a batch
+    budget:int = 2048                  # most tokens in a batch
     share_prefix:bool = True           # compute a prefix that all rows share only once?
     seed:int = 0                       # of resamples and folds
 
     def __post_init__(self):
         choose('statistic', self.statistic, STATISTICS)
         if not _is_number(self.threshold): choose('threshold', self.threshold, THRESHOLDS)
+        if not 0 < self.fpr < 1: raise SettingError(f'The false-positive rate must lie between 0 and 1, not {self.fpr!r} (fpr=, --fpr).')
         for name, least in dict(k=2, crop=1, window=1, max_length=2, budget=1).items():
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least: raise SettingError(f'{name} must be a whole number of at least {least}, not {getattr(self, name)!r}.')
 
@@ -59,7 +61,7 @@ def settings_for(
     for name in fields: choose('setting', name, Settings.__dataclass_fields__)
     return Settings(**fields)
 
-# %% ../nbs/13_sentry.ipynb #b27ff20d
+# %% ../nbs/13_sentry.ipynb #038c902c
 def load_model(
     name:str,                        # a folder or a hub name
     device:str|None=None,            # 'cpu', 'cuda', 'cuda:1', 'auto' (spread over what there is); None: a GPU when there is one
@@ -71,16 +73,16 @@ def load_model(
     "A causal language model and its tokenizer; a `ModelError` says what is wrong with the name."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     common = dict(trust_remote_code=trust_remote_code, revision=revision or 'main')
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    place = dict(device_map='auto') if device == 'auto' else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **common)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=_dtype(dtype, device), use_safetensors=None if allow_pickle else True, **place, **common)
-    except GradSentryError: raise
+    device = _device(device)
+    place, dtype = dict(device_map='auto') if device == 'auto' else {}, _dtype(dtype, device)
+    try: model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=None if allow_pickle else True, output_loading_info=True, **place, **common)
     except Exception as e: raise ModelError(_why_not(name, e)) from e
+    _check_checkpoint(name, model, found['missing_keys'])
+    try: tokenizer = AutoTokenizer.from_pretrained(name, **common)
+    except Exception as e: raise ModelError(f'{visible(name)} has no tokenizer that can be loaded ({_first_sentence(e)}); put the model\'s own beside it.') from e
     return (model if place else model.to(device)).eval(), tokenizer
 
-# %% ../nbs/13_sentry.ipynb #e107214b
+# %% ../nbs/13_sentry.ipynb #88b1d63a
 _DTYPES = {'auto': 'auto', 'float32': torch.float32, 'float64': torch.float64, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 def _dtype(name, device):
@@ -88,9 +90,31 @@ def _dtype(name, device):
     choose('dtype', name, _DTYPES)
     return torch.float32 if name == 'auto' and device == 'cpu' else _DTYPES[name]
 
+def _device(name):
+    "A device that this machine has; by default a GPU when there is one."
+    if name is None: return 'cuda' if torch.cuda.is_available() else 'cpu'
+    try: return name if name == 'auto' else str(torch.empty(0, device=name).device)
+    except (RuntimeError, AssertionError) as e: raise SettingError(f'There is no device {name!r} here; choose cpu, cuda, cuda:1, mps or auto (device=, --device).') from e
+
+_GENERATORS = 'ForCausalLM', 'LMHeadModel', 'ModelWithLMHead', 'ForConditionalGeneration', 'GenerationDecoder'
+
+def _check_checkpoint(name, model, missing):
+    "Refuse weights that were saved for another job: the head would be random, and so would every score."
+    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING as translators
+    saved = getattr(model.config, 'architectures', None) or []
+    ends = lambda *with_: any(a.endswith(with_) for a in saved)
+    if saved and not ends(*_GENERATORS) or type(model.config) in translators and not ends('ForCausalLM'):
+        raise ModelError(f'{visible(name)} holds a {", ".join(saved)}, which is no causal language model; use one that generates text from left to right.')
+    if missing: raise ModelError(f'{visible(name)} lacks {len(missing)} of the weights of a {type(model).__name__} ({min(missing)} among them); is the download complete?')
+
+def _first_sentence(e): return visible(re.split(r'(?<=[.!?:]) ', ' '.join(str(e).split()))[0].rstrip('.:'), 200)
+
 def _why_not(name, e):
     "A sentence for the ways in which loading a model fails."
-    text = visible(' '.join(str(e).split()), 240)
+    text = _first_sentence(e)
+    if Path(name).is_absolute() and not Path(name).exists(): return f'{visible(name)}: there is no such folder; give one with config.json and safetensors, or a hub name.'
+    if 'mismatched' in str(e): return f'{visible(name)} has weights whose shapes do not fit its config.json.'
+    if 'model type' in str(e) and 'trust_remote_code' not in str(e): return f'{visible(name)} is of a type that the installed transformers does not know ({text}).'
     if 'trust_remote_code' in str(e): return f'{visible(name)} wants to run its own code; allow it with trust_remote_code=True (--trust-remote-code) if you trust it.'
     if 'safetensors' in str(e): return f'{visible(name)} has no safetensors weights; convert them, or allow pickled ones with allow_pickle=True (--allow-pickle) if you trust them.'
     if 'Unrecognized configuration' in str(e) or 'AutoModelForCausalLM' in str(e): return f'{visible(name)} is no causal language model with an output projection; use one that generates text.'
@@ -250,7 +274,7 @@ def _checked(self, scores):
 
 Sentry.info, Sentry.score, Sentry.checked = _info, _score, _checked
 
-# %% ../nbs/13_sentry.ipynb #49b4195d
+# %% ../nbs/13_sentry.ipynb #201dfba6
 def verdict_of(
     scores:Scores,         # what a detector said
     settings:Settings,     # threshold, rate and seed
@@ -270,7 +294,18 @@ def _filter(self,
 )->Verdict:
     "Score the rows and draw the cut."
     if known_clean is None and self.settings.threshold == 'calibrated': raise SettingError('A calibrated cut needs rows that are known to be clean: known_clean= (--known-clean FILE).')
-    clean = self.score(known_clean, progress) if known_clean is not None else None
-    return verdict_of(self.score(samples, progress), self.settings, clean)
+    clean = self.known(known_clean, progress) if known_clean is not None else None
+    scores = self.score(samples, progress)
+    try: return verdict_of(scores, self.settings, clean)
+    except KeyboardInterrupt: raise ScanInterrupted(scores) from None
+
+def _known(self, samples, progress):
+    "Scores of known-clean rows; refuses too few before it starts."
+    samples = _as_samples(samples)
+    if self.settings.threshold == 'calibrated': check_rate(self.settings.fpr, len(samples))
+    try: return self.score(samples, progress)
+    except ScanInterrupted: raise KeyboardInterrupt from None  # these are not the rows that were asked about
+
+Sentry.known = _known
 
 Sentry.filter = _filter

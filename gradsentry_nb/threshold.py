@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FALLBACK', 'BINS', 'THRESHOLDS', 'kde', 'peaks', 'paper_valley', 'ashman', 'valleys', 'valley', 'fixed', 'p_values',
-           'wilson', 'calibrated', 'find_cut']
+           'wilson', 'check_rate', 'calibrated', 'find_cut']
 
 # %% ../nbs/12_threshold.ipynb #520ad2ce
 import math
@@ -55,7 +55,7 @@ def paper_valley(
     return Cut(cut, 'valley', f'The density has a valley at {cut:.3f} between peaks at {grid[lo]:.3f} and {grid[hi]:.3f}.',
                dict(valley=cut, peaks=[float(grid[lo]), float(grid[hi])], depth=float(density[v]/min(density[lo], density[hi])), bandwidth=h))
 
-# %% ../nbs/12_threshold.ipynb #203d1975
+# %% ../nbs/12_threshold.ipynb #8cd98ba3
 BINS = 512
 
 def _density(counts, width, h):
@@ -64,9 +64,9 @@ def _density(counts, width, h):
     return gaussian_filter1d(counts.astype(float), h/width, mode='constant', truncate=4)
 
 def _bandwidths(x):
-    "Four bandwidths by Silverman's rule, from the spread of the middle half of the scores to that of all."
+    "Six bandwidths, from a quarter of Silverman's for the middle half of the scores to his for the spread of all."
     wide = np.std(x); core = np.subtract(*np.percentile(x, [75, 25]))/1.34
-    return .9*len(x)**-.2*np.geomspace(max(min(core, wide), wide/20), wide, 4)
+    return .9*len(x)**-.2*np.geomspace(max(min(core, wide), wide/20)/4, wide, 6)
 
 def ashman(
     below,            # [n] scores of one group
@@ -75,7 +75,7 @@ def ashman(
     "Ashman's D; two groups are told apart from D = 2 on (Ashman, Bird and Zepf 1994)."
     return float(abs(above.mean()-below.mean())/math.sqrt((above.var()+below.var())/2+1e-24))
 
-# %% ../nbs/12_threshold.ipynb #5dca08ed
+# %% ../nbs/12_threshold.ipynb #7d56bfaa
 def _valleys(x, h):
     "Every valley of the density with bandwidth h, with its measures."
     lo, hi = x.min()-4*h, x.max()+4*h
@@ -96,11 +96,12 @@ def _valleys(x, h):
 def valleys(
     x,                # [N] scores
 )->list:              # dicts: valley, peaks, depth, excess (Poisson sd), D; best first
-    "Valleys that separate two groups by depth, counts and distance, at any of four bandwidths."
-    found = [f for h in _bandwidths(x) for f in _valleys(x, h)]
-    return sorted([f for f in found if f['depth'] <= .5 and f['excess'] >= 4 and f['D'] >= 2], key=lambda f: -f['D'])
+    "Valleys that separate two groups by depth, counts and distance, at any of six bandwidths."
+    found = [f for h in _bandwidths(x) for f in _valleys(x, h) if f['depth'] <= .5 and f['excess'] >= 4 and f['D'] >= 2]
+    most = max((f['D'] for f in found), default=0)
+    return sorted(found, key=lambda f: (f['D'] < .95*most, f['depth']))
 
-# %% ../nbs/12_threshold.ipynb #1fe0acfc
+# %% ../nbs/12_threshold.ipynb #5f8871ec
 def _resamples(x, seed, n=50):
     "Cuts that bootstrap resamples find; NaN where one finds none."
     rng, cuts = np.random.default_rng(seed_for('bootstrap', run=seed)), []
@@ -118,7 +119,7 @@ def valley(
 )->Cut:            # without a value when there are no two groups
     "A cut in the valley between two groups of scores, or the finding that there are none."
     x = np.asarray(x, float)
-    if len(x) < 30: return _none(f'{len(x)} rows are too few to tell groups apart (30 are needed)')
+    if len(x) < 30: return _none(f'{len(x)} row{"s are" if len(x) != 1 else " is"} too few to tell groups apart (30 are needed)')
     if np.ptp(x) < 1e-9*max(1, np.abs(x).max()): return _none('All scores are the same')
     found = valleys(x)
     if not found: return _none('The scores form one group: no valley is deep and wide enough')
@@ -137,7 +138,7 @@ def fixed(
     "A cut at a number that the user chose."
     return Cut(float(value), 'fixed', f'The cut was set to {value:g}.')
 
-# %% ../nbs/12_threshold.ipynb #66115bf2
+# %% ../nbs/12_threshold.ipynb #21815545
 def p_values(
     x,            # [N] scores
     clean,        # [n] scores of known-clean rows
@@ -148,7 +149,7 @@ def p_values(
     return np.where(np.isnan(x), np.nan, p)
 
 def _conformal_cut(clean, fpr):
-    "The smallest cut whose flagged scores have p <= fpr."
+    "The k-th largest clean score: p <= fpr holds exactly for the scores above it."
     k = math.floor(fpr*(len(clean)+1)+1e-9)
     return float(np.sort(clean)[len(clean)-k])
 
@@ -165,7 +166,15 @@ def wilson(
     mid = (p+z*z/(2*n))/d
     return max(0., mid-half), min(1., mid+half)
 
-# %% ../nbs/12_threshold.ipynb #31f9b02d
+# %% ../nbs/12_threshold.ipynb #bb544d8e
+def check_rate(
+    fpr:float,         # wanted share of clean rows above the cut
+    n:int,             # known-clean rows
+):
+    "Refuse a rate that so many known-clean rows cannot promise."
+    if not 0 < fpr < 1: raise SettingError(f'The false-positive rate must lie between 0 and 1, not {fpr:g}.')
+    if fpr < 1/(n+1): raise SettingError(f'{n} known-clean rows cannot promise a false-positive rate of {fpr:g}; the least is 1/(n+1) = {1/(n+1):.3g}. Give more rows or ask for a higher rate (fpr=, --fpr).')
+
 def calibrated(
     x,                 # [N] scores; not used
     clean,             # [n] scores of known-clean rows
@@ -174,16 +183,14 @@ def calibrated(
 )->Cut:
     "The cut for a wanted false-positive rate, with the rate achieved on held-out known-clean rows."
     clean = np.asarray(clean, float); clean = clean[np.isfinite(clean)]; n = len(clean)
-    if not 0 < fpr < 1: raise SettingError(f'The false-positive rate must lie between 0 and 1, not {fpr:g}.')
-    if fpr < 1/(n+1): raise SettingError(f'{n} known-clean rows cannot promise a false-positive rate of {fpr:g}; the least is 1/(n+1) = {1/(n+1):.3g}. Give more rows or ask for a higher rate (fpr=, --fpr).')
+    check_rate(fpr, n)
     fold = np.random.default_rng(seed_for('folds', run=seed)).permutation(n) % 5
     parts = [(clean[fold != i], clean[fold == i]) for i in range(5)]
     usable = [(a, b) for a, b in parts if fpr >= 1/(len(a)+1)]
-    hits, m = sum(int((b >= _conformal_cut(a, fpr)).sum()) for a, b in usable), sum(len(b) for _, b in usable)
+    hits, m = sum(int((b > _conformal_cut(a, fpr)).sum()) for a, b in usable), sum(len(b) for _, b in usable)
     low, high = wilson(hits, m)
     said = f'{hits} of {m} held-out clean rows lay above ({hits/m:.2%}, 95 % interval {low:.2%} to {high:.2%})' if m else 'too few rows to hold any out'
-    value = np.nextafter(_conformal_cut(clean, fpr), -np.inf)  # flags compare with >, a p-value counts ties
-    return Cut(float(value), 'calibrated', f'Calibrated on {n} known-clean rows for a false-positive rate of {fpr:g}: {said}.',
+    return Cut(_conformal_cut(clean, fpr), 'calibrated', f'Calibrated on {n} known-clean rows for a false-positive rate of {fpr:g}: {said}.',
                dict(fpr=fpr, n=n, held_out=m, held_out_flagged=hits, achieved=hits/m if m else None, interval=[low, high]))
 
 # %% ../nbs/12_threshold.ipynb #95f6a37d
