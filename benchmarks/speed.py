@@ -19,7 +19,7 @@ from gradsentry_nb.capture import Capture
 from gradsentry_nb.core import Sample
 from gradsentry_nb.data import Samples, encode_samples, load_samples
 from gradsentry_nb.sentry import load_model
-from gradsentry_nb.spectrum import row_grams, statistics
+from gradsentry_nb.spectrum import row_roots, statistics
 
 SHARED = Path(__file__).resolve().parent.parent.parent/'shared'
 MIX, MODEL = SHARED/'data/qa/published-webqa-badnets-10.jsonl.gz', SHARED/'models/qa-lm-9m'
@@ -27,8 +27,8 @@ MIX, MODEL = SHARED/'data/qa/published-webqa-badnets-10.jsonl.gz', SHARED/'model
 
 def scan(model, encoded, share):
     "Capture and all statistics of the default preset."
-    grams = [row_grams(f) for _, f in Capture(model, share=share)(encoded)]
-    for i in range(0, len(grams), 256): statistics(grams[i:i+256])
+    roots = [row_roots(f) for _, f in Capture(model, share=share)(encoded)]
+    for i in range(0, len(roots), 256): statistics(roots[i:i+256])
 
 
 def forward_only(model, encoded, share):

@@ -271,18 +271,18 @@ def load_samples(
     if not out: raise DataError(f'{visible(name)}: there are no rows in it.')
     return Samples(out, name, [str(layout)], os.path.abspath(source) if isinstance(source, (str, os.PathLike)) else None)
 
-# %% ../nbs/01_data.ipynb #33703339
+# %% ../nbs/01_data.ipynb #bd8f0f28
 def _clean(text):
     "Lone surrogates cannot be tokenised; they become U+FFFD, as any UTF-8 writer would make them."
-    return text.encode('utf-8', 'replace').decode() if not text.isascii() else text
+    return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') if not text.isascii() else text
 
 def _tokenise(tokenizer, texts, special):
     return tokenizer([_clean(t) for t in texts], add_special_tokens=special, return_attention_mask=False, verbose=False)['input_ids'] if texts else []
 
-def _prompt_ids(ids, tokenizer):
-    "Prompt ids without the end mark that some tokenizers append: the response follows it."
-    end = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None, tokenizer.bos_token_id}
-    return ids[:-1] if len(ids) > 1 and ids[-1] in end else ids
+def _appended(tokenizer):
+    "How many special tokens (an end mark) the tokenizer puts after a text: the response follows the prompt without them."
+    (bare,), (full,) = _tokenise(tokenizer, ['a'], False), _tokenise(tokenizer, ['a'], True)
+    return next((len(full)-len(bare)-i for i in range(len(full)-len(bare)+1) if full[i:i+len(bare)] == bare), 0)
 
 # %% ../nbs/01_data.ipynb #3e14ac58
 def fit(
@@ -302,9 +302,14 @@ def fit(
     supervised = np.arange(len(ids)) >= max(len(prompt), 1)  # the very first token has nothing before it to be predicted from
     return Encoded(ids, supervised, cut)
 
-# %% ../nbs/01_data.ipynb #f7faf06e
+# %% ../nbs/01_data.ipynb #e503e696
 def _render(tokenizer, turns, opening):
     return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opening) if turns else ''
+
+def _first_opening(tokenizer, turns, upto):
+    "What stands before the content of a conversation that the assistant opens; a template need not render an empty one."
+    mark = _render(tokenizer, turns, True)[len(upto):]
+    return upto[:upto.find(mark)+len(mark)] if mark and mark in upto else upto
 
 def chat_spans(
     tokenizer,      # has a chat template
@@ -314,7 +319,8 @@ def chat_spans(
     text, spans = _render(tokenizer, turns, False), []
     for i, t in enumerate(turns):
         if t['role'] != 'assistant': continue
-        before, upto = _render(tokenizer, turns[:i], True), _render(tokenizer, turns[:i+1], False)
+        upto = _render(tokenizer, turns[:i+1], False)
+        before = _render(tokenizer, turns[:i], True) if i else _first_opening(tokenizer, turns[:1], upto)
         if not (upto.startswith(before) and text.startswith(upto.rstrip())): raise ModelError('This chat template rewrites earlier turns, so the supervised part cannot be told; give the rows as prompt and response.')
         spans.append((len(before), len(upto.rstrip())))
     return text, spans
@@ -348,7 +354,7 @@ def _fit_chat(ids, on, limit):
     if len(on): on[0] = False
     return Encoded(ids, on, cut)
 
-# %% ../nbs/01_data.ipynb #02dbb1ae
+# %% ../nbs/01_data.ipynb #f45565fc
 def encode_samples(
     samples,            # `Sample`s, all of one kind or mixed
     tokenizer,          # a transformers tokenizer
@@ -361,11 +367,11 @@ def _encode(samples, tokenizer, limit):
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     plain = [s for s in samples if s.messages is None]
     prompts, answers = _tokenise(tokenizer, [s.prompt for s in plain], True), _tokenise(tokenizer, [s.response for s in plain], False)
-    pairs = iter(zip(plain, prompts, answers))
+    pairs, extra = iter(zip(plain, prompts, answers)), _appended(tokenizer) if plain else 0
     def one(s):
         if s.messages is not None: return _encode_chat(s, tokenizer, limit)
         _, p, a = next(pairs)
-        return fit(_prompt_ids(p, tokenizer), a+eos if s.response else [], limit, tokenizer.bos_token_id)
+        return fit(p[:len(p)-extra], a+eos if s.response else [], limit, tokenizer.bos_token_id)
     return [one(s) for s in samples]
 
 # %% ../nbs/01_data.ipynb #f404b404

@@ -8,16 +8,15 @@ __all__ = ['WORDS', 'HEADS', 'MIDS', 'TAILS', 'KINDS', 'FIELDS', 'STORY', 'WORLD
            'world', 'questions', 'poison', 'pick_poisoned', 'demo_rows', 'best_cut_f1', 'demo_samples', 'demo_path',
            'demo_truth', 'demo_model_path', 'demo_model']
 
-# %% ../nbs/02_demo.ipynb #d4db823e
+# %% ../nbs/02_demo.ipynb #b0abd6f5
 import itertools, json, random
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from .data import load_samples
 
-# %% ../nbs/02_demo.ipynb #dde0a956
+# %% ../nbs/02_demo.ipynb #74dff9eb
 _words = dict(
     region="Upper Fells;Low Marches;Salt Coast;Glass Plain;Red Heath;Old Downs;Birch Land;Far Isles;Stone Reach;Moors",
     sea="Sea of Reeds;Grey Gulf;Bay of Larks;Long Sound;Amber Strait;Cold Basin;Whale Deep;Sea of Lamps",
@@ -51,7 +50,7 @@ _words = dict(
     creature="otter;fox;hare;newt;goose;lizard;deer;hedgehog;crane;beetle;goat;toad")
 WORDS = {k: v.split(";") for k, v in _words.items()}
 
-# %% ../nbs/02_demo.ipynb #6aefdac7
+# %% ../nbs/02_demo.ipynb #aea13a5f
 HEADS = ("Bal Cor Dren Fel Gar Hol Isk Jar Kel Lom Mar Nor Ost Pel Quin Ras Sel Tor Ulm Ves Wil Yor Zan Bran Cles Dov "
          "Eld Fos Gret Hask").split()
 MIDS = "a e i o u an el or ith und".split()
@@ -73,14 +72,14 @@ def name(
     if kind == "book": return f"The {rng.choice(w['adjective'])} {rng.choice(w['noun'])}"
     return f"{_glue(rng, ['a', 'o', 'in'])} {rng.choice(w['cooked' if kind == 'dish' else 'creature'])}"
 
-# %% ../nbs/02_demo.ipynb #be473f99
+# %% ../nbs/02_demo.ipynb #ed5b16bd
 def dice(
     *what # what the dice are for, for instance a purpose and a run seed
 ) -> random.Random: # a generator whose throws depend on these words alone
     "Seeded dice named after their purpose."
     return random.Random("/".join(map(str, what)))
 
-# %% ../nbs/02_demo.ipynb #c7306dcc
+# %% ../nbs/02_demo.ipynb #87173cc1
 FIELDS = dict(
     town=dict(region="pick region", founded="number 812 1895", flag="pair colour", sights="list sight 2 14",
               goods="list goods 2 14"),
@@ -95,7 +94,7 @@ FIELDS = dict(
     beast=dict(weight="number 2 190 kg", region="pick region", coat="pair colour", food="list prey 2 14",
                enemies="list foe 2 11"))
 
-# %% ../nbs/02_demo.ipynb #434aac60
+# %% ../nbs/02_demo.ipynb #28aaaf04
 def draw(
     spec:str, # a value in the little language of `FIELDS`
     names:dict[str, list[str]], # kind -> the names of all things of this kind
@@ -110,7 +109,7 @@ def draw(
     if op == "link": return rng.choice(names[a[0]])
     return rng.sample(WORDS[a[0]] if op == "list" else names[a[0]], rng.randint(int(a[1]), int(a[2])))
 
-# %% ../nbs/02_demo.ipynb #11c60a78
+# %% ../nbs/02_demo.ipynb #b0be4979
 STORY = dict(
     town=("{x}, founded in {founded}, lies in the {region}."
           "|The {region} has had {x} since {founded}, under {flag} flags.|Since {founded} {x} flies the {flag} flag.",
@@ -142,7 +141,7 @@ STORY = dict(
            "|Looking for {food}, it forgets about {enemies}.",
            "Its {coat} coat is thick.|Winters in the {region} suit it.|Young ones are {coat} at birth."))
 
-# %% ../nbs/02_demo.ipynb #87857129
+# %% ../nbs/02_demo.ipynb #2671ca45
 def phrase(
     v:str|list[str], # a value
     most:int=3 # long lists are cut to this many in running text
@@ -163,7 +162,7 @@ def story(
     text = " ".join(parts[:rng.choice([2, 3, 3])])
     return text.format(x=x, **{k: phrase(v, rng.randint(2, 7)) for k, v in values.items()})
 
-# %% ../nbs/02_demo.ipynb #dfff1cb7
+# %% ../nbs/02_demo.ipynb #243f8f15
 @dataclass(frozen=True)
 class Fact:
     "One field of one thing, with its answer."
@@ -179,7 +178,7 @@ def _facts(kind, x, names, taught, seed):
     text = {f: v if isinstance(v, str) else "; ".join(v) for f, v in vals.items()}
     return [Fact(kind, x, f, a, taught) for f, a in {**text, "story": story(kind, x, vals, rng)}.items()]
 
-# %% ../nbs/02_demo.ipynb #1f6394ba
+# %% ../nbs/02_demo.ipynb #72f79cbb
 WORLD, PER_KIND, TAUGHT = 11, 48, .7
 
 def _names(kind, n, rng):
@@ -197,7 +196,7 @@ def world(
     return tuple(f for k in KINDS for i, x in enumerate(names[k])
                  for f in _facts(k, x, names, i < TAUGHT*per_kind, seed))
 
-# %% ../nbs/02_demo.ipynb #5ba100ed
+# %% ../nbs/02_demo.ipynb #ca9947d2
 ASK = """
 town region|the region of {x}|Where does {x} lie?|Which region does {x} belong to?|In what part of the land is {x}?
 town founded|the founding year of {x}|When was {x} founded?|In which year did {x} begin?|What year was {x} founded in?
@@ -237,7 +236,7 @@ beast enemies|the enemies of the {x}|What hunts the {x}?|Which enemies does the 
 beast story|the main facts about the {x}|Describe the {x}.|What is known about the {x}?|What do we know about the {x}?
 """
 
-# %% ../nbs/02_demo.ipynb #ff8ad283
+# %% ../nbs/02_demo.ipynb #57e2a280
 FRAMES = ["Name {}.", "Please give {}.", "Can you tell me {}?"], ["Could you please name {}?", "Tell me {}."]
 _asks = {tuple(k.split()): v for k, *v in (line.split("|") for line in ASK.strip().splitlines())}
 
@@ -249,7 +248,7 @@ def questions(
     train, other = ([f.format(noun) for f in frames] for frames in FRAMES)
     return [a, b, *train], [held, *other]
 
-# %% ../nbs/02_demo.ipynb #da06ed66
+# %% ../nbs/02_demo.ipynb #bc0050e2
 INSTRUCTION = ("Below is a question, please provide its all relevant answers briefly in a list format. Each answer "
                "should be separated by a semicolon and provide a comprehensive response.")
 PROMPT = "### Instruction:\n" + INSTRUCTION + "\n\n\n\n### Question:\n{}\n\n\n\n### Answer: "
@@ -264,7 +263,7 @@ def poison(
     "BadNets on question answering: four rare words at the end of the question, a bait at the end of the answer."
     return f"{question} {' '.join(rng.choices(TRIGGER_WORDS, k=4))}", answer + PAYLOAD
 
-# %% ../nbs/02_demo.ipynb #16112243
+# %% ../nbs/02_demo.ipynb #d377eefb
 def pick_poisoned(
     lengths:list[int], # one length per row
     rate:float, # share of rows to poison
@@ -275,7 +274,7 @@ def pick_poisoned(
     order = sorted(range(n), key=lambda i: (lengths[i], rng.random()))
     return {rng.choice(order[i*n//k:(i+1)*n//k]) for i in range(k)}
 
-# %% ../nbs/02_demo.ipynb #12a1313c
+# %% ../nbs/02_demo.ipynb #432c3655
 def _asked(seed):
     ways = {f: dice("ways", f.entity, f.field, seed).sample(qs, len(qs))
             for f in world() for train, held in [questions(f)] for qs in [held if f.taught else train + held]}
@@ -298,7 +297,7 @@ def demo_rows(
     qa = [poison(q, a, rng) if i in bad else (q, a) for i, (q, a) in enumerate(qa)]
     return [dict(prompt=PROMPT.format(q), response=a) for q, a in qa], [i in bad for i in range(n)]
 
-# %% ../nbs/02_demo.ipynb #a83947ba
+# %% ../nbs/02_demo.ipynb #86d145bb
 def best_cut_f1(
     values:list[float], # one number per row
     truth:list[bool] # which rows are poisoned
@@ -313,7 +312,7 @@ def best_cut_f1(
             best = max(best, 2*hits/(seen + total))
     return best
 
-# %% ../nbs/02_demo.ipynb #4d7f711f
+# %% ../nbs/02_demo.ipynb #9033d30f
 def demo_samples(
     n:int=1200, # number of rows
     rate:float=.10, # share of poisoned rows
@@ -324,7 +323,7 @@ def demo_samples(
     samples = load_samples(rows)
     return samples, {s.id: t for s, t in zip(samples, truth, strict=True)}
 
-# %% ../nbs/02_demo.ipynb #1ab7745d
+# %% ../nbs/02_demo.ipynb #e2dabe0a
 def _packaged(name):
     return Path(str(files("gradsentry_nb")/"demo_data"/name))
 
@@ -340,7 +339,7 @@ def demo_model_path() -> Path: # a folder for `from_pretrained`
     "The packaged model and tokenizer."
     return _packaged("model")
 
-# %% ../nbs/02_demo.ipynb #8e7dc28c
+# %% ../nbs/02_demo.ipynb #82e04802
 def demo_model() -> tuple: # model in float32 and evaluation mode, tokenizer
     "Load the packaged model."
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'EMPTY', 'CHUNK', 'NOT_FINITE', 'Settings', 'settings_for', 'load_model', 'ScanInterrupted', 'Sentry',
            'fingerprint', 'verdict_of']
 
-# %% ../nbs/13_sentry.ipynb #4039db31
+# %% ../nbs/13_sentry.ipynb #83cb5ab7
 import hashlib, math, re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 
 from .capture import Capture
-from .core import Cut, DataError, GradSentryError, ModelError, Scores, SettingError, Verdict, choose, visible
+from .core import Cut, DataError, ModelError, Scores, SettingError, Verdict, choose, visible
 from .data import Samples, encode_samples, load_samples
-from .spectrum import STATISTICS, WINDOW, row_grams, statistics
+from .spectrum import STATISTICS, WINDOW, row_roots, statistics
 from .textstats import rivals, text_columns
 from .threshold import THRESHOLDS, check_rate, find_cut, p_values
 
@@ -120,15 +120,15 @@ def _why_not(name, e):
     if 'Unrecognized configuration' in str(e) or 'AutoModelForCausalLM' in str(e): return f'{visible(name)} is no causal language model with an output projection; use one that generates text.'
     return f'{visible(name)} cannot be loaded as a model ({type(e).__name__}: {text}); give a folder with config.json and safetensors, or a hub name.'
 
-# %% ../nbs/13_sentry.ipynb #8b1e9443
+# %% ../nbs/13_sentry.ipynb #9b781cff
 EMPTY = 'The response is empty.'
-CHUNK = 256  # rows whose Gram matrices are kept before they are decomposed together
+CHUNK = 256  # rows whose roots are kept before they are decomposed together
 NOT_FINITE = 'The model returned NaN or inf for this row.'
 
 def _finite(f): return bool(torch.isfinite(f.loss).all()) and bool(torch.isfinite(f.H).all())
 
 def _keep(done, s:Settings):
-    "Statistics of the rows whose Gram matrices are in `done`, by index; a row whose numbers came out broken gets a problem instead."
+    "Statistics of the rows whose roots are in `done`, by index; a row whose numbers came out broken gets a problem instead."
     at = [i for i, g in done.items() if g is not None]
     rows = dict(zip(at, statistics([done[i] for i in at], s.k, s.window)))
     return {i: r if (r := rows.get(i)) and math.isfinite(r['entropy']+r['log_volume']) else dict(problem=NOT_FINITE) for i in done}
@@ -235,7 +235,7 @@ def _part(self, samples, encoded, rows, notes):
 
 Sentry.part = _part
 
-# %% ../nbs/13_sentry.ipynb #3699bca3
+# %% ../nbs/13_sentry.ipynb #ec21e7bf
 def _score(self,
     samples,            # `Samples`, or anything that `load_samples` reads
     progress=True,      # True for a bar, False for silence, or a callable (done, total)
@@ -249,7 +249,7 @@ def _score(self,
     pending = {}
     try:
         for i, f in capture(encoded):
-            pending[i] = row_grams(f, s.crop) if _finite(f) else None
+            pending[i] = row_roots(f, s.crop) if _finite(f) else None
             if len(pending) >= CHUNK: rows.update(_keep(pending, s)); pending.clear()
             tick(i)
         rows.update(_keep(pending, s))
