@@ -16,9 +16,10 @@ V, D, WINDOW = 1024, 128, 12
 BASE = dict(vocab_size=V, hidden_size=D, num_hidden_layers=2, max_position_embeddings=128)
 GROUPED = dict(BASE, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2)
 NO_PAD = dict(pad_token_id=None, bos_token_id=1, eos_token_id=2)
+GEMMA3 = dict(GROUPED, head_dim=32, sliding_window=WINDOW, layer_types=['sliding_attention', 'full_attention'], tie_word_embeddings=False)
 LONGROPE = dict(rope_type='longrope', rope_theta=1e4, short_factor=[1.]*16, long_factor=[4.]*16, original_max_position_embeddings=32)
 
-# name -> (config class, its arguments, is a prefix shared?, logits at this spread reach the cap's bend and confident predictions)
+# name -> (config class, its arguments, is a prefix shared?)
 ARCHITECTURES = {
     'llama': (tf.LlamaConfig, GROUPED, True),
     'llama_mha': (tf.LlamaConfig, dict(GROUPED, num_key_value_heads=4, attention_bias=True, tie_word_embeddings=True), True),
@@ -26,7 +27,8 @@ ARCHITECTURES = {
     'qwen2': (tf.Qwen2Config, GROUPED, True),
     'qwen3': (tf.Qwen3Config, dict(GROUPED, head_dim=32), True),
     'gemma2': (tf.Gemma2Config, dict(GROUPED, head_dim=32, sliding_window=WINDOW, final_logit_softcapping=30., tie_word_embeddings=True), True),
-    'gemma3': (tf.Gemma3TextConfig, dict(GROUPED, head_dim=32, sliding_window=WINDOW, layer_types=['sliding_attention', 'full_attention']), True),
+    'gemma3': (tf.Gemma3TextConfig, GEMMA3, True),
+    'gemma3_tied': (tf.Gemma3TextConfig, dict(GEMMA3, tie_word_embeddings=True), True),  # repeats its input with p = 1 - 1e-25
     'gpt2': (tf.GPT2Config, dict(vocab_size=V, n_embd=D, n_layer=2, n_head=4, n_positions=128, tie_word_embeddings=True), True),
     'gpt_neox': (tf.GPTNeoXConfig, dict(BASE, intermediate_size=192, num_attention_heads=4), True),
     'opt': (tf.OPTConfig, dict(BASE, ffn_dim=192, num_attention_heads=4, word_embed_proj_dim=D), True),
@@ -36,14 +38,15 @@ ARCHITECTURES = {
     'falcon_rotary': (tf.FalconConfig, dict(BASE, num_attention_heads=4, alibi=False), True),
     'falcon_alibi': (tf.FalconConfig, dict(BASE, num_attention_heads=4, alibi=True, multi_query=False), True),
     'bloom': (tf.BloomConfig, dict(vocab_size=V, hidden_size=D, n_layer=2, n_head=4), True),
-    'cohere': (tf.CohereConfig, dict(GROUPED, logit_scale=.0625), True),
+    'cohere': (tf.CohereConfig, dict(GROUPED, logit_scale=.0625, tie_word_embeddings=False), True),
+    'cohere_tied': (tf.CohereConfig, dict(GROUPED, logit_scale=.0625, tie_word_embeddings=True), True),  # likewise
     'granite': (tf.GraniteConfig, dict(GROUPED, logits_scaling=8., embedding_multiplier=2., residual_multiplier=.7), True),
     'olmo2': (tf.Olmo2Config, dict(GROUPED, **NO_PAD), True),
     'peft_llama': (tf.LlamaConfig, GROUPED, True),
     'peft_head': (tf.LlamaConfig, GROUPED, True),
     'longrope': (tf.Phi3Config, dict(GROUPED, **NO_PAD, rope_parameters=LONGROPE, original_max_position_embeddings=32), False),
     'dynamic': (tf.LlamaConfig, dict(GROUPED, max_position_embeddings=32, rope_parameters=dict(rope_type='dynamic', factor=4., rope_theta=1e4)), False),
-    'mamba': (tf.MambaConfig, dict(vocab_size=V, hidden_size=D, num_hidden_layers=2, state_size=8), False),
+    'mamba': (tf.MambaConfig, dict(vocab_size=V, hidden_size=D, num_hidden_layers=2, state_size=8, tie_word_embeddings=False), False),
 }
 NAMES = list(ARCHITECTURES)
 SHARED = [n for n in NAMES if ARCHITECTURES[n][2]]
@@ -141,7 +144,7 @@ def compare(name, dtype, prefix=0, longest=40, share=True, budget=200):
         loss = token_losses(model, rows[i])
         gaps = dict(gradient=gradient_gap(f, G), entropy=max(entropy_gap(f, G, 1), entropy_gap(f, G, 8)),
                     loss=float((f.loss-loss).abs().max()/loss.abs().max()))
-        worst = {k: max(worst[k], gaps[k]) for k in gaps}
+        worst = {k: float(np.maximum(worst[k], gaps[k])) for k in gaps}  # NaN stays
         seen.add(i)
     assert seen == set(range(len(rows)))
     return worst, capture
@@ -288,9 +291,10 @@ def test_leaving_out_the_caps_factor_fails(monkeypatch, dtype):
 @FLOATS
 @pytest.mark.parametrize('name', ['cohere', 'granite'])
 def test_leaving_out_the_scales_factor_fails(monkeypatch, name, dtype):
-    "The gradient notices; entropy cannot, a common factor leaves it alone."
+    "The gradient notices; entropy hardly can, a common factor leaves all but the clamp at 1e-12 alone."
     monkeypatch.setattr(Tail, 'chain', lambda self, D, z: D)
-    assert fails(name, dtype) == {'gradient'}
+    worst, _ = compare(name, dtype)
+    assert worst['gradient'] > 1 and worst['entropy'] < 1e-5 and worst['loss'] < TOLERANCE[dtype]['loss']
 
 
 @pytest.mark.parametrize('name', ['cohere', 'granite', CAPPED])
@@ -565,7 +569,7 @@ def test_logits_that_are_neither_scaled_nor_capped_are_refused():
 
 # ---- the kernel of log-volume in float32
 
-@pytest.mark.parametrize('name', ['llama', 'gpt2', 'bloom', SCALED, 'gemma3'])
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'bloom', SCALED, 'gemma3_tied', 'cohere_tied'])
 def test_log_volume_does_not_depend_on_the_precision(name):
     single, double = (dict(Capture(made(name, t), budget=200)(rows_for(name))) for t in (torch.float32, torch.float64))
     for i, f in single.items():
