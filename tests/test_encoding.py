@@ -81,12 +81,10 @@ CONTENTS = [['Who wrote it?', 'Ann'], ['Who wrote it?', 'Ann and Bob', 'when', '
 
 
 @pytest.mark.parametrize('contents', CONTENTS, ids=range(len(CONTENTS)))
-@pytest.mark.parametrize('system', [None, 'Be brief.'])
 @pytest.mark.parametrize('base', [bpe, metaspace])
-@pytest.mark.parametrize('name', TEMPLATES)
+@pytest.mark.parametrize('name, system', [(n, s) for n, t in TEMPLATES.items() for s in [None]+['Be brief.']*t[3]])
 def test_the_assistant_turns_and_their_end_are_supervised(name, base, contents, system):
-    template, before, after, takes_system = TEMPLATES[name]
-    if system and not takes_system: pytest.skip('this template takes no system turn')
+    template, before, after, _ = TEMPLATES[name]
     tok, samples = tokenizer(template, base), chat(*contents, system=system)
     e, = encode_samples(samples, tok)
     text = lambda c: tok.decode(tok(before+c+after, add_special_tokens=False)['input_ids'], skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -155,7 +153,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
 
 
 def test_a_conversation_that_the_template_refuses_is_named():
-    with pytest.raises(DataError, match='Row 0: .*System role not supported'): encode_samples(chat('hi', 'Ann', system='Be brief.'), tokenizer(GEMMA))
+    with pytest.raises(DataError, match='ow [01]: .*System role not supported'): encode_samples(chat('hi', 'Ann', system='Be brief.'), tokenizer(GEMMA))
     with pytest.raises(DataError, match='must alternate'): encode_samples(load_samples([dict(messages=[dict(role='assistant', content='a'), dict(role='assistant', content='b')])]), tokenizer(MISTRAL))
     with pytest.raises(ModelError, match='no chat template'): encode_samples(chat('hi', 'Ann'), tokenizer(None))
 
@@ -343,5 +341,5 @@ def test_the_real_tokenizer(shared, name):
     e, = encode_samples(chat('who was neptune discovered by?', 'John Couch Adams; Dr Galle', 'and uranus?', 'William Herschel'), tok)
     assert [''.join(x.split()) for x in said(tok, e)] == [''.join((c+after).split()) for c in ('John Couch Adams; Dr Galle', 'William Herschel')]
     plain, = encode_samples(load_samples([dict(prompt='who?\n\n### Answer: ', response=['Ann', 'Bob'])]), tok)
-    assert plain.ids[0] == tok.bos_token_id and plain.ids[-1] == tok.eos_token_id
+    assert plain.ids[-1] == tok.eos_token_id and not plain.supervised[0]
     assert tok.decode(plain.ids[plain.supervised], skip_special_tokens=True).strip() == 'Ann; Bob'
