@@ -6,10 +6,9 @@
 __all__ = ['READERS', 'ALPACA', 'reader', 'Layout', 'guess_layout', 'Samples', 'load_samples', 'fit', 'chat_spans',
            'encode_samples', 'plan_batches', 'common_prefix']
 
-# %% ../nbs/01_data.ipynb #5cfc840b
-import contextlib, csv, gzip, io, json, os, re, zlib
-from dataclasses import dataclass, field
-from functools import partial
+# %% ../nbs/01_data.ipynb #003dacb8
+import csv, gzip, io, json, os, re, zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -332,13 +331,16 @@ def _fit_chat(ids, on, limit):
     if len(on): on[0] = False
     return Encoded(ids, on, cut)
 
-# %% ../nbs/01_data.ipynb #74c4d602
+# %% ../nbs/01_data.ipynb #02dbb1ae
 def encode_samples(
     samples,            # `Sample`s, all of one kind or mixed
     tokenizer,          # a transformers tokenizer
     limit:int=2048,     # most tokens a row may have
 )->list:                # one `Encoded` per sample; without supervised tokens where the response is empty
     "Token ids and supervised mask of every sample."
+    return [e for i in range(0, len(samples), 512) for e in _encode(samples[i:i+512], tokenizer, limit)]  # a tokenizer's own bookkeeping is large
+
+def _encode(samples, tokenizer, limit):
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     plain = [s for s in samples if s.messages is None]
     prompts, answers = _tokenise(tokenizer, [s.prompt for s in plain], True), _tokenise(tokenizer, [s.response for s in plain], False)

@@ -1,0 +1,1 @@
+"Speed, memory and published-mix studies; `python -m benchmarks` prints the speed and memory tables."
