@@ -26,7 +26,7 @@ def row(mix, model, sentry, verdict, truth, part='all'):
     "One line of the table."
     e, cut = evaluate(verdict, truth), verdict.cut
     return dict(mix=mix, model=model, preset=sentry.preset, rows_of=part, rows=len(verdict.scores), planted=e.tp+e.fn, recall=e.recall, precision=e.precision,
-                f1=e.f1, auroc=e.auroc, best_f1=e.best_f1, cut=cut.value, separated=cut.separated, reason=cut.reason)
+                f1=e.f1, fpr=e.fpr, auroc=e.auroc, best_f1=e.best_f1, cut=cut.value, separated=cut.separated, reason=cut.reason)
 
 
 def trivial(mix, model, frame, truth):
@@ -48,7 +48,7 @@ def study(mix, model, name, tokenizer, presets):
     known = seen(samples, truth) if mix.endswith('badnets') and name == 'qa-lm-9m' else set()
     for preset in presets:
         sentry = Sentry(model, tokenizer, preset)
-        verdict = sentry.filter(samples, progress=True)
+        verdict = sentry.filter(samples, progress=False)
         out.append(row(mix, name, sentry, verdict, truth))
         if known:
             f = verdict.scores.frame

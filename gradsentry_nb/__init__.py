@@ -7,12 +7,12 @@ __all__ = ['load_ipython_extension', 'unload_ipython_extension', 'Sample', 'Scor
            'GradSentryError', 'DataError', 'ModelError', 'SettingError', 'load_samples', 'demo_path', 'demo_samples',
            'demo_truth', 'demo_model', 'GradFactors', 'Capture', 'STATISTICS', 'spectral_entropy', 'THRESHOLDS',
            'Sentry', 'Settings', 'PRESETS', 'ScanInterrupted', 'score_histogram', 'score_by_length', 'write_outputs',
-           'report_html', 'evaluate']
+           'report_html']
 
 # %% ../nbs/90_extension.ipynb #79f4fbe7
 from importlib import import_module
 
-# %% ../nbs/90_extension.ipynb #249550fa
+# %% ../nbs/90_extension.ipynb #d6bfad76
 __version__ = "0.1.0"
 
 _home = {
@@ -21,11 +21,11 @@ _home = {
     "load_samples": "data", "demo_path": "demo", "demo_samples": "demo", "demo_truth": "demo", "demo_model": "demo",
     "GradFactors": "capture", "Capture": "capture", "STATISTICS": "spectrum", "spectral_entropy": "spectrum", "THRESHOLDS": "threshold",
     "Sentry": "sentry", "Settings": "sentry", "PRESETS": "sentry", "ScanInterrupted": "sentry",
-    "score_histogram": "charts", "score_by_length": "charts", "write_outputs": "report", "report_html": "report", "evaluate": "evaluate",
+    "score_histogram": "charts", "score_by_length": "charts", "write_outputs": "report", "report_html": "report",
 }
 _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "DataError", "ModelError", "SettingError", "load_samples", "demo_path",
          "demo_samples", "demo_truth", "demo_model", "GradFactors", "Capture", "STATISTICS", "spectral_entropy", "THRESHOLDS", "Sentry", "Settings", "PRESETS",
-         "ScanInterrupted", "score_histogram", "score_by_length", "write_outputs", "report_html", "evaluate"]
+         "ScanInterrupted", "score_histogram", "score_by_length", "write_outputs", "report_html"]
 
 # %% ../nbs/90_extension.ipynb #9a431495
 def __getattr__(name):

@@ -116,7 +116,8 @@ def score_histogram(
     bins = histogram_bins(x, cut.value)
     X = alt.X('start:Q', title=TITLES.get(statistic, statistic), scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False, tickCount=6))
     bars = alt.Chart(bins).mark_bar(orient='vertical', binSpacing=1, opacity=.85).encode(
-        X, alt.X2('stop:Q'), alt.Y('rows:Q', title='rows', axis=alt.Axis(tickMinStep=1, tickCount=5)), alt.Y2(datum=0), _sides(),
+        X, alt.X2('stop:Q'), alt.Y('rows:Q', title='rows (square-root scale)', scale=alt.Scale(type='sqrt'), axis=alt.Axis(tickMinStep=1, tickCount=5)),
+        alt.Y2(datum=0), _sides(),
         tooltip=[alt.Tooltip('start:Q', format='.4g'), alt.Tooltip('stop:Q', format='.4g'), 'rows:Q', 'side:N'])
     curve = [alt.Chart(bins[['middle', 'curve']]).mark_line(color=CURVE, strokeWidth=2, interpolate='monotone').encode(x='middle:Q', y='curve:Q')]
     left = len(frame)-len(x)

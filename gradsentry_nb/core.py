@@ -146,7 +146,7 @@ class Detector(Protocol):
     "Anything that can say how suspicious each sample looks, without being told which are poisoned."
     def score(self, samples)->Scores: ...
 
-# %% ../nbs/00_core.ipynb #a8af19d0
+# %% ../nbs/00_core.ipynb #bb2d9d8d
 @dataclass(frozen=True)
 class Cut:
     "Where the line between keep and drop lies, and why."
@@ -158,11 +158,11 @@ class Cut:
     @property
     def separated(self)->bool: return self.value is not None
     def flags(self,
-        score,                    # [N] scores, NaN where a row could not be scored
+        score,                    # [N] scores; NaN or inf where a row could not be scored
     )->np.ndarray:                # [N] bool: drop?
         "Which rows lie above the cut; unscorable rows never do."
         score = np.asarray(score, float)
-        return np.zeros(len(score), bool) if self.value is None else np.nan_to_num(score, nan=-np.inf) > self.value
+        return np.isfinite(score) & (score > self.value) if self.separated else np.zeros(len(score), bool)
 
 # %% ../nbs/00_core.ipynb #42472178
 @dataclass(eq=False)

@@ -308,7 +308,7 @@ def summary_text(
     "The verdict for a terminal."
     _matched(verdict, samples)
     info, phrases, ends = verdict.scores.info, found_phrases(verdict, samples, 3), shared_ends(s.prompt for s in samples)
-    line = lambda k, v: f'  {k:<9}{visible(v)}'
+    line = lambda k, v: f'  {k:<13}{visible(v)}'
     short = lambda t, w: visible(clip_middle(t, w))
     out = [headline(verdict), line('why', verdict.cut.reason)]
     say = lambda k: info.get(k) or '-'

@@ -123,23 +123,24 @@ def _frame(samples, encoded, rows, s:Settings):
     out['score'] = np.where(out['problem'].isna(), out[s.statistic].astype(float), np.nan)
     return out
 
-# %% ../nbs/13_sentry.ipynb #c4d1a305
+# %% ../nbs/13_sentry.ipynb #85ccfb5e
 class ScanInterrupted(KeyboardInterrupt):
     "The user stopped the scan; `scores` holds what was finished."
     def __init__(self, scores): super().__init__('Stopped; the rows scored so far are kept.'); self.scores = scores
 
-def _bar(total, progress, what='rows'):
-    "(tick, close) for a progress setting: True for a bar, False for silence, or a callable (done, total)."
-    if callable(progress):
-        done = [0]
-        def tick(n): done[0] += n; progress(done[0], total)
-        return tick, lambda: None
-    if not progress: return lambda n: None, lambda: None
+def _bar(encoded, progress):
+    "(tick, close) for a progress setting; the bar counts tokens, because the longest rows come first and rows would mislead about the time left."
+    rows, done = sum(e.tokens > 0 for e in encoded), [0]
+    if callable(progress) or not progress:
+        def tell(i): done[0] += 1; progress and progress(done[0], rows)
+        return tell, lambda: None
     from tqdm.auto import tqdm
-    bar = tqdm(total=total, unit=' row', desc=what)
-    return bar.update, bar.close
+    bar = tqdm(total=sum(len(e) for e in encoded if e.tokens), unit=' tokens', unit_scale=True, mininterval=.2)
+    def tick(i):
+        done[0] += 1; bar.set_description(f'{done[0]:,} of {rows:,} rows', refresh=False); bar.update(len(encoded[i]))
+    return tick, bar.close
 
-# %% ../nbs/13_sentry.ipynb #2ef23aff
+# %% ../nbs/13_sentry.ipynb #e5ea5e18
 class Sentry:
     "Scores the rows of a fine-tuning set by the gradients they would cause, and says which look planted."
     def __init__(self,
@@ -156,9 +157,16 @@ class Sentry:
         Capture(model)             # refuses a model that cannot be scanned now, not after an hour
 
     @classmethod
-    def from_pretrained(cls, name:str, preset:str='default', device=None, dtype='auto', trust_remote_code=False, allow_pickle=False, revision=None, **changes)->'Sentry':
-        "Load a model by folder or hub name (see `load_model`) and stand guard with it."
-        return cls(*load_model(name, device, dtype, trust_remote_code, allow_pickle, revision), preset, str(name), **changes)
+    def from_pretrained(cls,
+        path:str,                  # a folder or a hub name
+        preset:str='default',      # a name from `PRESETS`
+        device=None,               # these five as in `load_model`
+        dtype='auto', trust_remote_code=False, allow_pickle=False, revision=None,
+        name:str|None=None,        # what to call the model in reports; default: `path`
+        **changes,                 # fields of `Settings`
+    )->'Sentry':
+        "Load a model by folder or hub name and stand guard with it."
+        return cls(*load_model(str(path), device, dtype, trust_remote_code, allow_pickle, revision), preset, name or str(path), **changes)
 
     def __repr__(self): return f'Sentry({self.name!r}, preset={self.preset!r}, statistic={self.settings.statistic!r}, threshold={self.settings.threshold!r})'
 
@@ -203,7 +211,7 @@ def _part(self, samples, encoded, rows, notes):
 
 Sentry.part = _part
 
-# %% ../nbs/13_sentry.ipynb #dd0cd93b
+# %% ../nbs/13_sentry.ipynb #3699bca3
 def _score(self,
     samples,            # `Samples`, or anything that `load_samples` reads
     progress=True,      # True for a bar, False for silence, or a callable (done, total)
@@ -213,13 +221,13 @@ def _score(self,
     if not len(samples): raise DataError('There are no rows to score.')
     encoded, rows = self.encode(samples), {}
     capture = Capture(self.model, s.budget, share=s.share_prefix)
-    tick, close = _bar(sum(e.tokens > 0 for e in encoded), progress)
+    tick, close = _bar(encoded, progress)
     pending = {}
     try:
         for i, f in capture(encoded):
             pending[i] = row_grams(f, s.crop) if _finite(f) else None
             if len(pending) >= CHUNK: rows.update(_keep(pending, s)); pending.clear()
-            tick(1)
+            tick(i)
         rows.update(_keep(pending, s))
     except KeyboardInterrupt:
         rows.update(_keep(pending, s))

@@ -75,7 +75,7 @@ def ashman(
     "Ashman's D; two groups are told apart from D = 2 on (Ashman, Bird and Zepf 1994)."
     return float(abs(above.mean()-below.mean())/math.sqrt((above.var()+below.var())/2+1e-24))
 
-# %% ../nbs/12_threshold.ipynb #c5924da2
+# %% ../nbs/12_threshold.ipynb #5dca08ed
 def _valleys(x, h):
     "Every valley of the density with bandwidth h, with its measures."
     lo, hi = x.min()-4*h, x.max()+4*h
@@ -98,7 +98,7 @@ def valleys(
 )->list:              # dicts: valley, peaks, depth, excess (Poisson sd), D; best first
     "Valleys that separate two groups by depth, counts and distance, at any of four bandwidths."
     found = [f for h in _bandwidths(x) for f in _valleys(x, h)]
-    return sorted([f for f in found if f['depth'] <= .5 and f['excess'] >= 3 and f['D'] >= 2], key=lambda f: -f['D'])
+    return sorted([f for f in found if f['depth'] <= .5 and f['excess'] >= 4 and f['D'] >= 2], key=lambda f: -f['D'])
 
 # %% ../nbs/12_threshold.ipynb #1fe0acfc
 def _resamples(x, seed, n=50):

@@ -75,6 +75,7 @@ def portable(output):
     data = output.get('data', {})
     data.pop('application/vnd.jupyter.widget-view+json', None)
     output.pop('transient', None)
+    if str(data.get('text/plain', '')).startswith('Loading weights'): return None  # a progress bar, not a result
     return None if 'data' in output and not data else output
 
 
