@@ -388,7 +388,9 @@ def test_half_precision_prefix(dtype):
     "Shared or not, half precision's own rounding is the difference."
     model, rows = made('llama', dtype), rows_for('llama', WINDOW+8)
     apart = {i: row_statistics(f)['entropy'] for i, f in Capture(model, share=False)(rows)}
-    for i, f in Capture(model)(rows): assert abs(row_statistics(f)['entropy']-apart[i]) < 3e-2
+    capture = Capture(model)
+    for i, f in capture(rows): assert abs(row_statistics(f)['entropy']-apart[i]) < 3e-2
+    assert 'computed once' in capture.notes[0]
 
 
 # ---- the model is left as it was found
@@ -544,6 +546,30 @@ def test_a_first_position_of_zeros_tells_nothing_of_the_tail():
     model.get_input_embeddings().weight.data[0] = 0
     rows = [row(np.r_[0, r.ids], *((a+1, b+1) for a, b in _spans(r))) for r in rows_for('llama')]
     for i, f in Capture(model, budget=200)(rows): assert gradient_gap(f, dense_gradient(model, rows[i])) < 1e-5
+
+
+# ---- set up for training
+
+def test_a_model_that_is_about_to_be_trained():
+    "Activation checkpointing, training mode and a config that switches the cache off."
+    from copy import deepcopy
+    model, rows = deepcopy(made('llama', torch.float32)), rows_for('llama', 9)
+    getattr(model, 'activation_checkpointing_enable', model.gradient_checkpointing_enable)(); model.train(); model.config.use_cache = False
+    for i, f in Capture(model)(rows): assert gradient_gap(f, truth('llama', torch.float32, 9)[i]) < 1e-5
+    assert model.training and model.config.use_cache is False
+
+
+def test_a_projection_that_peft_saves_whole():
+    from copy import deepcopy
+    from peft import LoraConfig, get_peft_model
+    config = LoraConfig(r=4, target_modules=['q_proj'], modules_to_save=['lm_head'], task_type='CAUSAL_LM')
+    model, rows = get_peft_model(deepcopy(made('llama', torch.float32)), config), rows_for('llama', 9)
+    for i, f in Capture(model)(rows): assert gradient_gap(f, truth('llama', torch.float32, 9)[i]) < 1e-5
+
+
+def test_nothing_to_do():
+    model = made('llama', torch.float32)
+    assert list(Capture(model)([])) == [] and list(Capture(model)([row([3, 4, 5])])) == []
 
 
 # ---- refused
