@@ -9,7 +9,7 @@ import transformers as tf
 
 from gradsentry_nb.capture import Capture, Tail, dense_gradient, factor_rows, head_of
 from gradsentry_nb.core import Encoded, ModelError, seed_for
-from gradsentry_nb.spectrum import row_grams, spectral_entropy, statistics, svals
+from gradsentry_nb.spectrum import row_roots, spectral_entropy, statistics, svals
 
 torch.set_num_threads(1)
 V, D, WINDOW = 1024, 128, 12
@@ -122,7 +122,7 @@ def truth(name, dtype, prefix=0, longest=40):
     return [dense_gradient(made(name, dtype), r) for r in rows_for(name, prefix, longest)]
 
 
-def row_statistics(f, crop=1): return statistics([row_grams(f, crop)])[0]
+def row_statistics(f, crop=1): return statistics([row_roots(f, crop)])[0]
 def gradient_gap(f, G): return float((f.dense()-G).norm()/G.norm())
 def corner(G, n): return G if n == 1 else G[:G.shape[0]//n, :G.shape[1]//n]
 def slow_entropy(G, T): return float(spectral_entropy(torch.linalg.svdvals(G.double())[:T]))

@@ -15,7 +15,7 @@ from gradsentry_nb.capture import Capture, GradFactors, LongFactors, dense_gradi
 from gradsentry_nb.core import Encoded
 from gradsentry_nb.data import common_prefix, encode_samples, fit, load_samples, plan_batches
 from gradsentry_nb.spectrum import (EPS, STATISTICS, WINDOW, effective_rank, entropy_bound, entropy_by_length, log_volume,
-                                    row_grams, sketch, spectral_entropy, statistics, surprise_kernel, svals, window_loss)
+                                    row_roots, sketch, spectral_entropy, statistics, surprise_kernel, svals, window_loss)
 
 torch.set_num_threads(1)
 LN16 = math.log(16)
@@ -30,7 +30,7 @@ def tiny(dtype=torch.float64):
     return model.to(dtype).eval()
 
 
-def row_statistics(f, crop=1): return statistics([row_grams(f, crop)])[0]
+def row_statistics(f, crop=1): return statistics([row_roots(f, crop)])[0]
 def scores_of(model, rows, **kw): return {i: row_statistics(f) for i, f in Capture(model, **kw)(rows)}
 
 
