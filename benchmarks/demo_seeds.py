@@ -2,7 +2,7 @@
 
     python -m benchmarks.demo_seeds
 
-Seed 0 is the packaged set; each other seed draws its own rows, phrasings, order and planted rows. Beside the presets: the trivial detectors at
+Seed 0 is the packaged set (the valley's limits were set with seeds 0 to 30 and 100 to 107 in view); each other seed draws its own rows, phrasings, order and planted rows. Beside the presets: the trivial detectors at
 their best cut with truth in hand, and the same set without its planted rows, where the right answer is that there is nothing to separate."""
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from gradsentry_nb.evaluate import best_f1, evaluate, truth_vector
 from gradsentry_nb.sentry import Sentry, verdict_of
 
 HERE = Path(__file__).resolve().parent
-SEEDS = range(6)
+SEEDS = 0, *range(201, 211)
 
 
 def row(seed, preset, model, tokenizer):

@@ -86,6 +86,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                    'gradsentry_nb.cli._scan': ('cli.html#_scan', 'gradsentry_nb/cli.py'),
                                    'gradsentry_nb.cli._scan_arguments': ('cli.html#_scan_arguments', 'gradsentry_nb/cli.py'),
                                    'gradsentry_nb.cli._source_arguments': ('cli.html#_source_arguments', 'gradsentry_nb/cli.py'),
+                                   'gradsentry_nb.cli._version': ('cli.html#_version', 'gradsentry_nb/cli.py'),
                                    'gradsentry_nb.cli.dry_run': ('cli.html#dry_run', 'gradsentry_nb/cli.py'),
                                    'gradsentry_nb.cli.main': ('cli.html#main', 'gradsentry_nb/cli.py')},
             'gradsentry_nb.core': { 'gradsentry_nb.core.Cut': ('core.html#cut', 'gradsentry_nb/core.py'),

@@ -31,7 +31,7 @@ def _model_arguments(p):
     p.add_argument('--trust-remote-code', action='store_true', help="run code from the model's repository")
     p.add_argument('--allow-pickle', action='store_true', help='load weights that are not safetensors')
 
-# %% ../nbs/52_cli.ipynb #56425f39
+# %% ../nbs/52_cli.ipynb #c861347c
 def _source_arguments(p):
     "Options about the file."
     p.add_argument('source', metavar='FILE_OR_HUB_NAME', help='.jsonl, .json, .csv, .tsv, .parquet (also .gz), a saved data set or a hub name')
@@ -41,10 +41,14 @@ def _source_arguments(p):
     p.add_argument('--limit', type=int, metavar='N', help='read only the first N rows')
     p.add_argument('--dry-run', action='store_true', help='show what would be read and how a row is tokenised; scan nothing')
 
+def _version():
+    from importlib.metadata import PackageNotFoundError, version
+    try: return version('gradsentry_nb')
+    except PackageNotFoundError: return 'not installed'
+
 def _parser():
-    from gradsentry_nb import __version__
     parser = argparse.ArgumentParser('gradsentry', description='Find backdoored samples in the data you are about to fine-tune a language model on.')
-    parser.add_argument('--version', action='version', version=__version__)
+    parser.add_argument('--version', action='version', version=_version())
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     scan = commands.add_parser('scan', help='scan a file of prompts and responses', description='Scan a fine-tuning file for backdoored samples.')
     _source_arguments(scan); _model_arguments(scan); _scan_arguments(scan)

@@ -299,7 +299,7 @@ def _matched(verdict, samples):
     if list(verdict.scores.frame['id']) != [s.id for s in samples]:
         raise GradSentryError(f'This verdict is about {len(verdict.scores):,} other rows: give the samples that were scored, in the same order.')
 
-# %% ../nbs/16_report.ipynb #8d31f297
+# %% ../nbs/16_report.ipynb #fd8b364d
 def summary_text(
     verdict,          # a `Verdict`
     samples,          # its samples
@@ -316,7 +316,7 @@ def summary_text(
     out += [line('read', x) for x in getattr(samples, 'said', [])] + [line('note', x) for x in info.get('notes') or []]
     out += [line('trivial', x) for x in rival_sentences(verdict, phrases)]
     share = lambda p: f'; their prompts share: {", ".join(p.tied.word)}' if len(p.tied) else ''
-    out += [line('phrase', f'“{short(p.text, 80)}” in {len(p.rows):,} rows, {d:,} of them dropped{share(p)}') for p, d in phrases if d*2 >= len(p.rows)]
+    out += [line('phrase', f'“{short(p.text, 80)}” in {len(p.rows):,} rows, {d:,} of them dropped{share(p)}') for p, d in phrases if d*2 >= len(p.rows) > 4]
     out += [line('look', x) for x in map(unexplained, phrases) if x]
     top = verdict.table().head(min(5, int(verdict.flagged.sum())))
     at = {s.id: s for s in samples}

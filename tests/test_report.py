@@ -11,6 +11,7 @@ import pytest
 
 import gradsentry_nb.report as report
 from gradsentry_nb.core import Cut, DataError, GradSentryError, Sample, Scores, Verdict
+from gradsentry_nb.data import Samples
 from gradsentry_nb.report import FILES, clip_middle, report_html, shared_ends, summary_text, write_outputs
 from gradsentry_nb.textstats import rivals, text_columns
 
@@ -200,7 +201,7 @@ def test_a_folder_that_cannot_be_written_is_named(hostile, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize('name', ['clean.jsonl', 'dropped.jsonl', 'scores.parquet'])
-@pytest.mark.parametrize('where', ['source', 'setting', 'link'])
+@pytest.mark.parametrize('where', ['source', 'known clean', 'link'])
 def test_an_input_is_never_overwritten(hostile, tmp_path, name, where):
     verdict, samples = hostile
     out = tmp_path/'out'
@@ -208,8 +209,9 @@ def test_an_input_is_never_overwritten(hostile, tmp_path, name, where):
     (out/name).write_text('precious')
     if where == 'link': os.link(out/name, tmp_path/'mine.jsonl')
     path = str(tmp_path/'mine.jsonl' if where == 'link' else out/name)
-    verdict.scores.info.update({'settings': {'known_clean': path}} if where == 'setting' else {'source': path})
-    with pytest.raises(DataError, match='is an input of this scan'): write_outputs(verdict, samples, out)
+    samples = Samples(samples, path=None if where == 'known clean' else path)
+    inputs = [path] if where == 'known clean' else []
+    with pytest.raises(DataError, match='is an input of this scan'): write_outputs(verdict, samples, out, inputs)
     assert (out/name).read_text() == 'precious' and len(list(out.iterdir())) == 1
 
 
