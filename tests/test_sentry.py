@@ -1,4 +1,5 @@
 """Scores, cuts and verdicts: round trips, thresholds that stay quiet, the detector contract, the demo's promise, interruption."""
+import copy
 import dataclasses
 import json
 import math
@@ -13,7 +14,7 @@ from conftest import ROOT
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from gradsentry_nb.core import Cut, DataError, Detector, ModelError, Scores, SettingError, Verdict, load_scores, save_scores
+from gradsentry_nb.core import Cut, DataError, Detector, GradSentryError, ModelError, Scores, SettingError, Verdict, load_scores, save_scores
 from gradsentry_nb.data import Samples, load_samples
 from gradsentry_nb.demo import demo_model, demo_path, demo_samples, demo_truth
 from gradsentry_nb.evaluate import best_f1, evaluate, truth_vector
@@ -108,7 +109,7 @@ def test_scores_round_trip(tmp_path_factory, v):
     save_scores(v.scores, path)
     back = load_scores(path)
     assert back.info == v.scores.info
-    pd.testing.assert_frame_equal(back.frame, v.scores.frame, check_dtype=False)
+    assert_same_frame(v.scores.frame, back.frame)
 
 
 def test_real_verdict_round_trip(verdict, tmp_path):
@@ -123,7 +124,7 @@ def test_real_verdict_round_trip(verdict, tmp_path):
 
 @pytest.mark.parametrize('text', ['{}', '{"format": "gradsentry-verdict-2"}', '[]', '3', 'nonsense', ''])
 def test_what_is_no_verdict_is_refused(text):
-    with pytest.raises((DataError, ValueError, Exception), match='(?i)verdict|JSON|Expecting'): Verdict.from_json(text)
+    with pytest.raises((GradSentryError, json.JSONDecodeError)): Verdict.from_json(text)
 
 
 def test_infinite_scores_are_not_flagged_by_accident():
@@ -173,15 +174,16 @@ def test_presets_on_the_same_rows(demo, sentry, rows):
 
 
 def test_published_definition_on_a_dense_gradient(demo, sentry, rows):
-    "Crop, sixteen singular values, not squared, entropy over ln 16: written out once more, from autograd."
+    "Crop, sixteen singular values, not squared, entropy over ln 16: written out once more, from autograd in float64."
     from gradsentry_nb.capture import dense_gradient
-    few = rows[:12]
-    got = Sentry(*demo, 'paper').score(few, False).frame['score']
-    for e, mine in zip(sentry.encode(few), got):
-        G = dense_gradient(demo[0], e)
+    few, exact = rows[:12], copy.deepcopy(demo[0]).double()
+    mine, got = (Sentry(m, demo[1], 'paper').score(few, False).frame['score'].to_numpy() for m in (exact, demo[0]))
+    assert np.abs(got-mine).max() < 5e-4, 'float32 is too far from float64'
+    for e, found in zip(sentry.encode(few), mine):
+        G = dense_gradient(exact, e)
         s = np.linalg.svd(G[:G.shape[0]//8, :G.shape[1]//8].double().numpy(), compute_uv=False)[:16].clip(1e-12)
         p = s/s.sum()
-        assert abs(-(p*np.log(p)).sum()/math.log(16)-mine) < 1e-4
+        assert abs(-(p*np.log(p)).sum()/math.log(16)-found) < 1e-8
 
 
 @pytest.mark.parametrize('statistic', STATISTICS)
@@ -225,14 +227,14 @@ def test_valley_finds_two_groups(shape, n, k):
         cut = valley(x, seed)
         assert cut.separated, (seed, cut.reason)
         flagged = cut.flags(x)
-        assert flagged[n-k:].mean() >= .95 and flagged[:n-k].mean() <= .01
+        assert flagged[n-k:].mean() >= .95 and flagged[:n-k].mean() <= .04
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=0, max_size=80))
 @example([0.]*50)
 @example([1., 2.]*20)
 @example([0.]*49+[1.])
-@example([1e300]*20+[-1e300]*20)
+@example([1e100]*20+[-1e100]*20)
 @settings(max_examples=60)
 def test_no_scores_break_a_threshold(x):
     for threshold in ('valley', 'paper', '0.5', 0):
@@ -305,8 +307,9 @@ def test_a_rate_is_refused_below_what_the_rows_can_promise(n, fpr):
     else:
         cut = calibrated(clean, clean, fpr)
         flagged = cut.flags(clean)
-        assert flagged.mean() <= fpr+1/n
-        np.testing.assert_array_equal(flagged, p_values(clean, np.r_[clean])-1/(n+1) <= fpr-1/(n+1)+1e-12)
+        assert flagged.mean() <= fpr
+        x = np.r_[clean, clean+1e-9, clean-1e-9, -99, 99]
+        np.testing.assert_array_equal(cut.flags(x), p_values(x, clean) <= fpr+1e-9/(n+1))
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.lists(st.integers(-1, 10), min_size=1, max_size=20))
