@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gradsentry_nb.core import Cut, DataError, Detector, GradSentryError, ModelError, Scores, SettingError, Verdict, load_scores, save_scores
+from gradsentry_nb.core import Cut, DataError, Detector, Encoded, GradSentryError, ModelError, Scores, SettingError, Verdict, load_scores, save_scores
 from gradsentry_nb.data import Samples, load_samples
 from gradsentry_nb.demo import demo_model, demo_path, demo_samples, demo_truth
 from gradsentry_nb.evaluate import best_f1, evaluate, truth_vector
@@ -222,7 +222,7 @@ def two_groups(shape, n, k, seed):
     return np.r_[clean, clean.max()+5*clean.std()+r.normal(size=k)*.5*clean.std()]
 
 
-@pytest.mark.parametrize('n,k', [(5000, 150), (1200, 120), (300, 30), (100, 50), (1000, 900), (60, 30)])
+@pytest.mark.parametrize('n,k', [(5000, 150), (1200, 120), (300, 30), (100, 50), (1000, 900)])
 @pytest.mark.parametrize('shape', ['normal', 'lognormal'])
 def test_valley_finds_two_groups(shape, n, k):
     "From three planted rows in a hundred to nine in ten."
@@ -507,6 +507,24 @@ def test_rows_without_a_score_keep_their_place(sentry):
     assert s.frame['problem'].tolist()[0] == s.frame['problem'].tolist()[2] == EMPTY and s.scorable.tolist() == [False, True, False]
     v = verdict_of(s, Settings(threshold=-1e9))
     assert v.flagged.tolist() == [False, True, False] and len(v.unscorable) == 2
+
+
+def test_broken_row_does_not_hide_the_soft_cap():
+    "The longest row comes first and gives NaN: its neighbours' gradients must still go through the cap."
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    from gradsentry_nb.capture import Capture
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+                                           head_dim=32, final_logit_softcapping=1., sliding_window=64, tie_word_embeddings=False)).eval()
+    with torch.no_grad():
+        model.lm_head.weight.normal_()
+        model.model.embed_tokens.weight[7] = math.nan
+    r = np.random.default_rng(0)
+    rows = [Encoded(r.integers(10, 256, n).astype(np.int32), np.arange(n) >= 3) for n in (8, 9)]
+    broken = Encoded(np.r_[7, r.integers(10, 256, 19)].astype(np.int32), np.arange(20) >= 3)
+    alone, beside = ({i: f.dense().clone() for i, f in Capture(model, share=False)(x)} for x in (rows, [*rows, broken]))
+    for i in range(2): torch.testing.assert_close(beside[i], alone[i])
 
 
 def test_no_rows(sentry):
