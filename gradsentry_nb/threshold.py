@@ -101,7 +101,7 @@ def valleys(
     most = max((f['D'] for f in found), default=0)
     return sorted(found, key=lambda f: (f['D'] < .95*most, f['depth']))
 
-# %% ../nbs/12_threshold.ipynb #5f8871ec
+# %% ../nbs/12_threshold.ipynb #848cd06c
 def _resamples(x, seed, n=50):
     "Cuts that bootstrap resamples find; NaN where one finds none."
     rng, cuts = np.random.default_rng(seed_for('bootstrap', run=seed)), []
@@ -127,7 +127,9 @@ def valley(
     share = float(np.isfinite(cuts).mean())
     if share < .8: return _none(f'A valley near {best["valley"]:.3g} was found, but only {share:.0%} of resamples show one', stability=share, **best)
     lo, hi = np.nanpercentile(cuts, [5, 95])
-    return Cut(best['valley'], 'valley', f'The scores form two groups with a valley at {best["valley"]:.4g} (depth {best["depth"]:.0%} of the lower peak, D = {best["D"]:.1f}, seen in {share:.0%} of resamples).',
+    many = np.mean(x > best['valley'])
+    doubt = f' {many:.0%} of the rows lie above it: look at some first, two kinds of clean rows would look the same.' if many > .3 else ''
+    return Cut(best['valley'], 'valley', f'The scores form two groups with a valley at {best["valley"]:.4g} (depth {best["depth"]:.0%} of the lower peak, D = {best["D"]:.1f}, seen in {share:.0%} of resamples).{doubt}',
                dict(stability=share, interval=[float(lo), float(hi)], **best))
 
 # %% ../nbs/12_threshold.ipynb #1cc09943

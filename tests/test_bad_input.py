@@ -816,7 +816,7 @@ def test_process_refuses_and_scans(tmp_path):
     assert [p.returncode for p in runs] == [2, 0]
     sentence(no.decode())
     assert not (tmp_path/'broken').exists() and {p.name for p in (tmp_path/'good').iterdir()} == FILES
-    assert b'row/s' in yes and b'Warning' not in yes and b'clean.jsonl' in said
+    assert b'tokens/s' in yes and b'6 of 6 rows' in yes and b'Warning' not in yes and b'clean.jsonl' in said
 
 
 def test_process_with_a_model_that_cannot_be_used(models, tmp_path):
@@ -843,7 +843,7 @@ def test_interrupted_while_scanning(tmp_path):
     rows = demo_path().read_text().splitlines()[:600]*10
     path, out = write(tmp_path/'x.jsonl', '\n'.join(rows)), tmp_path/'out'
     p = start('scan', path, '--model', MODEL, '--out', out)
-    read_until(p.stderr, rb' [1-9]\d*/6000')
+    read_until(p.stderr, rb'[1-9][\d,]* of 6,000 rows')
     p.send_signal(signal.SIGINT)
     err = p.communicate(timeout=60)[1].decode()
     assert p.returncode == 130, err
