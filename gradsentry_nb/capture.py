@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from .core import Encoded, ModelError
 from .data import common_prefix, plan_batches
 
-# %% ../nbs/10_capture.ipynb #32f48156
+# %% ../nbs/10_capture.ipynb #d6412548
 def row_root(
     X:Tensor,       # [T, n] rows
 )->Tensor:          # [T, T] float64 `R` with `R @ R.T = X @ X.T`
     "The rows of `X` in T orthonormal coordinates (QR): a Gram matrix would keep half of the digits only."
-    R = torch.linalg.qr(X.double().T, mode='r')[1].T
+    R = torch.linalg.qr(X.T, mode='r')[1].T.double()
     return F.pad(R, (0, len(X)-R.shape[1]))
 
 # %% ../nbs/10_capture.ipynb #9d55e2f8
@@ -216,7 +216,7 @@ def hidden_states(
     at = [torch.from_numpy(np.flatnonzero(r.supervised)-1-P).to(h.device) for r in rows]
     return [h[i, a] for i, a in enumerate(at)], z[0], one
 
-# %% ../nbs/10_capture.ipynb #4d9a555c
+# %% ../nbs/10_capture.ipynb #6e73be0d
 @torch.no_grad()         # blocks of a long answer are made outside the capture loop
 def factor_rows(
     head:nn.Module,      # the projection
@@ -228,12 +228,12 @@ def factor_rows(
     z = tail(head(H))
     z = z if z.dtype == torch.float64 else z.float()
     D, at = z.softmax(1), torch.arange(len(y), device=z.device)
-    top, i = z.max(1)
-    loss = top-D[at, i].log()-z[at, y]                         # logsumexp from the largest entry: no underflow
-    sure = torch.nonzero(D[at, y] > .5)[:, 0]
+    py = D[at, y]
+    loss = -py.log()
+    rare, sure = torch.nonzero(py < 1e-30)[:, 0], torch.nonzero(py > .5)[:, 0]
+    loss[rare] = z[rare].logsumexp(1)-z[rare, y[rare]]  # where p_y underflows
     D[at, y] = 0
-    rest = D[sure].sum(1)                                      # 1-p_y as a sum, not a difference: exact for confident tokens
-    loss[sure] = -torch.log1p(-rest)
+    loss[sure] = -torch.log1p(-D[sure].sum(1))          # where 1-p_y as a difference would lose its digits
     D[at, y] = torch.expm1(-loss)                              # p_y-1
     return tail.chain(D, z), loss
 

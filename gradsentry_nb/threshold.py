@@ -75,7 +75,7 @@ def ashman(
     "Ashman's D; two groups are told apart from D = 2 on (Ashman, Bird and Zepf 1994)."
     return float(abs(above.mean()-below.mean())/math.sqrt((above.var()+below.var())/2+1e-24))
 
-# %% ../nbs/12_threshold.ipynb #90e5fd52
+# %% ../nbs/12_threshold.ipynb #7d56bfaa
 def _valleys(x, h):
     "Every valley of the density with bandwidth h, with its measures."
     lo, hi = x.min()-4*h, x.max()+4*h
@@ -97,7 +97,7 @@ def valleys(
     x,                # [N] scores
 )->list:              # dicts: valley, peaks, depth, excess (Poisson sd), D; best first
     "Valleys that separate two groups by depth, counts and distance, at any of six bandwidths."
-    found = [f for h in _bandwidths(x) for f in _valleys(x, h) if f['depth'] <= .5 and f['excess'] >= min(4, 3+8*f['depth']) and f['D'] >= 2]
+    found = [f for h in _bandwidths(x) for f in _valleys(x, h) if f['depth'] <= .5 and f['excess'] >= 4 and f['D'] >= 2]
     most = max((f['D'] for f in found), default=0)
     return sorted(found, key=lambda f: (f['D'] < .95*most, f['depth']))
 
