@@ -2,8 +2,9 @@
 
     python -m benchmarks.demo_seeds
 
-Seed 0 is the packaged set (the valley's limits were set with seeds 0 to 30 and 100 to 107 in view); each other seed draws its own rows, phrasings, order and planted rows. Beside the presets: the trivial detectors at
-their best cut with truth in hand, and the same set without its planted rows, where the right answer is that there is nothing to separate."""
+Seed 0 is the packaged set; the valley's limits were set with seeds 0 to 30 and 100 to 107 in view, so the others are the held-out ones. Each draws its
+own rows, phrasings, order and planted rows. Beside the presets: the trivial detectors at their best cut with truth in hand, and the same set without
+its planted rows, where the right answer is that there is nothing to separate."""
 from pathlib import Path
 
 import pandas as pd

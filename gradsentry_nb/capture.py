@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['row_root', 'GradFactors', 'inner', 'head_of', 'Tail', 'find_tail', 'check_tail', 'evaluating', 'head_input',
-           'pad_right', 'stretching', 'relax', 'sharing_problem', 'prefix_cache', 'repeat_cache', 'hidden_states',
-           'factor_rows', 'LongFactors', 'batch_factors', 'Capture', 'capture_factors', 'dense_gradient']
+           'pad_right', 'stretching', 'relax', 'sharing_problem', 'prefix_cache', 'repeat_cache', 'fed',
+           'hidden_states', 'factor_rows', 'LongFactors', 'batch_factors', 'Capture', 'capture_factors',
+           'dense_gradient']
 
-# %% ../nbs/10_capture.ipynb #3d246c72
-import copy
+# %% ../nbs/10_capture.ipynb #1f985483
+import copy, weakref
 from contextlib import contextmanager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,18 +105,23 @@ def check_tail(tail, u, z, model):
     if (tail(u)-z).abs().max() > .02*z.abs().max().clamp_min(1e-6):
         raise ModelError(f'{type(model).__name__} changes its logits in a way that is neither a scale nor a soft cap, so its gradient would be wrong; please report this model.')
 
-# %% ../nbs/10_capture.ipynb #aef42b44
+# %% ../nbs/10_capture.ipynb #09e84bb4
+_evaluating = weakref.WeakKeyDictionary()  # model -> [how many captures run on it, the modules that were training]
+
 @contextmanager
 def evaluating(
     model:nn.Module,  # put into evaluation mode inside the `with`
 ):
-    "Evaluation mode; each module's own mode is put back afterwards."
-    training = [m for m in model.modules() if m.training]
+    "Evaluation mode; when the last of several captures on a model ends, each module's own mode is put back."
+    entry = _evaluating.setdefault(model, [0, [m for m in model.modules() if m.training]])
+    entry[0] += 1
     try:
-        for m in training: m.training = False
+        for m in entry[1]: m.training = False
         yield model
     finally:
-        for m in training: m.training = True
+        entry[0] -= 1
+        if not entry[0]:
+            for m in _evaluating.pop(model)[1]: m.training = True
 
 @contextmanager
 def head_input(
@@ -199,7 +205,16 @@ def repeat_cache(
         l.update = partial(_forget, l, l.update)
     return out
 
-# %% ../nbs/10_capture.ipynb #4ffa58c7
+# %% ../nbs/10_capture.ipynb #5aac37dd
+def fed(
+    model,       # a causal language model
+    rows,        # `Encoded` rows
+)->list:         # how many tokens of each row the model has to see
+    "The number of leading tokens on which the supervised ones depend."
+    whole = stretching(model)
+    return [len(r) if whole else r.last for r in rows]
+
+# %% ../nbs/10_capture.ipynb #86b5cd44
 def hidden_states(
     model,                  # in evaluation mode
     head:nn.Module,         # its projection
@@ -208,7 +223,7 @@ def hidden_states(
 )->tuple:                   # (list of [T_i, d] hidden states, [1, V] the model's logits for one position, its hidden state [1, d])
     "Inputs of the projection at the positions that predict supervised tokens."
     cache, P = prefix or (None, 0)
-    ids = pad_right([r.ids[P:] for r in rows]).to(model.get_input_embeddings().weight.device)
+    ids = pad_right([r.ids[P:n] for r, n in zip(rows, fed(model, rows))]).to(model.get_input_embeddings().weight.device)
     past = dict(past_key_values=repeat_cache(cache, len(rows)), use_cache=True) if P else dict(use_cache=False)
     with head_input(head) as caught: z = model(input_ids=ids, **past).logits
     h, one = caught[:2]
@@ -299,18 +314,20 @@ def batch_factors(
             h = hidden[i] if hidden[i].dtype == torch.float64 else hidden[i].float()
             yield i, GradFactors(d.div_(len(d)), h, l)
 
-# %% ../nbs/10_capture.ipynb #0b3212a9
+# %% ../nbs/10_capture.ipynb #a77d2408
 @dataclass(eq=False)
 class Capture:
     "Per-sample gradient factors of a causal language model, from forward passes only."
     model:nn.Module              # a transformers causal language model; left exactly as it was found
-    budget:int=4096              # most tokens in a batch, padding included
+    budget:int=1024              # most tokens in a batch, padding included
     room:int=2**22               # most supervised tokens x vocabulary entries held at once
     share:bool=True              # compute a prefix that all rows have in common only once?
     notes:list = field(default_factory=list)  # sentences about what was decided
     tail:Tail|None = None        # found with the first batch
 
-    def __post_init__(self): self.head = head_of(self.model)
+    def __post_init__(self):
+        self.head = head_of(self.model)
+        self.budget = self.budget or (1024 if self.model.get_input_embeddings().weight.device.type == 'cpu' else 8192)
     def __repr__(self): return f'Capture({type(self.model).__name__}, budget={self.budget}, share={self.share}, tail={self.tail})'
 
     def prefix(self, rows):
@@ -327,7 +344,7 @@ class Capture:
         "Remember a sentence once."
         if sentence not in self.notes: self.notes.append(sentence)
 
-# %% ../nbs/10_capture.ipynb #cafd23e8
+# %% ../nbs/10_capture.ipynb #a97ec627
 def _hidden(self, rows, prefix):
     "Hidden states of one batch, with the tail found or checked on the way."
     hidden, z, h = hidden_states(self.model, self.head, rows, prefix)
@@ -349,12 +366,12 @@ def _plan(self, lengths):
 def _batches(self, rows):
     "Yield (indices, hidden states) of every batch, longest rows first."
     prefix, checked = self.prefix(rows), False
-    for index in self.plan(np.array([len(r)-(prefix[1] if prefix else 0) for r in rows])):
+    for index in self.plan(np.array(fed(self.model, rows))-(prefix[1] if prefix else 0)):
         batch = [rows[i] for i in index]
         relax(self.model, self.head)
         hidden = self.hidden(batch, prefix)
         if prefix and not checked:
-            checked, alone = True, self.hidden(batch[:8], None)
+            checked, alone = True, self.hidden(batch[:2], None)
             if not _agree(hidden, alone):
                 self.note(f'The common prefix of {prefix[1]} tokens was computed in every row: sharing it changed the hidden states.')
                 prefix, hidden = None, self.hidden(batch, None)

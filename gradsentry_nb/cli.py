@@ -9,7 +9,7 @@ __all__ = ['dry_run', 'main']
 import argparse, os, sys
 from pathlib import Path  # everything else is imported where it is used: ctrl-C must find `main` from the first moment
 
-# %% ../nbs/52_cli.ipynb #30b5f5e9
+# %% ../nbs/52_cli.ipynb #bb603152
 def _scan_arguments(p):
     "Options that every scan has."
     p.add_argument('--out', type=Path, default=Path('gradsentry-out'), metavar='DIR', help='folder for the results (default: %(default)s)')
@@ -27,7 +27,7 @@ def _model_arguments(p):
     p.add_argument('--device', help='cpu, cuda, cuda:1, or auto to spread over what there is')
     p.add_argument('--dtype', default='auto', help='auto, float32, bfloat16, float16, float64')
     p.add_argument('--max-length', type=int, help='most tokens of a row (default: 2048, or what the model can)')
-    p.add_argument('--budget', type=int, help='most tokens in a batch (default: 2048)')
+    p.add_argument('--budget', type=int, help='most tokens in a batch (default: 1024 on a CPU, 8192 elsewhere)')
     p.add_argument('--trust-remote-code', action='store_true', help="run code from the model's repository")
     p.add_argument('--allow-pickle', action='store_true', help='load weights that are not safetensors')
 

@@ -64,7 +64,7 @@ def content_hash(
     "A short name for a content, the same on every machine and in every run."
     return hashlib.blake2b(json.dumps(parts, ensure_ascii=True).encode(), digest_size=6).hexdigest()
 
-# %% ../nbs/00_core.ipynb #40769c90
+# %% ../nbs/00_core.ipynb #16cf46ab
 @dataclass(frozen=True, eq=False)
 class Encoded:
     "A tokenised sample: the only thing that gradient capture reads."
@@ -77,6 +77,8 @@ class Encoded:
     def tokens(self)->int: return int(self.supervised.sum())  # T, the number of supervised tokens
     @property
     def first(self)->int: return int(self.supervised.argmax()) if self.tokens else len(self)  # index of the first supervised token
+    @property
+    def last(self)->int: return int(np.flatnonzero(self.supervised)[-1]) if self.tokens else len(self)  # index of the last supervised token
 
 # %% ../nbs/00_core.ipynb #8bdf3a09
 def seed_for(
