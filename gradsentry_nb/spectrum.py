@@ -144,11 +144,11 @@ def row_roots(
     D, H, c = f.root(), f.input_root(), f.crop(crop)
     return RowRoots(D, H, *((D, H) if crop == 1 else (c.root(), c.input_root())), f.loss)
 
-# %% ../nbs/11_spectrum.ipynb #173c1be9
+# %% ../nbs/11_spectrum.ipynb #6b6164f0
 def _same_length(rows, k, window):
     "Statistics of samples with the same T, one decomposition each for all of them."
-    T, stack = len(rows[0].loss), lambda get: torch.stack([get(r) for r in rows])
-    D, H, Dc, Hc, loss = (stack(lambda r: getattr(r, name)) for name in ('D', 'H', 'Dc', 'Hc', 'loss'))
+    stack = lambda name: torch.stack([getattr(r, name) for r in rows])
+    T, D, H, Dc, Hc, loss = len(rows[0].loss), *map(stack, ('D', 'H', 'Dc', 'Hc', 'loss'))
     s = product_svals(Dc, Hc)
     volume, start = log_volume(surprise_kernel(cosines(D), cosines(H), loss), window)
     columns = dict(entropy=spectral_entropy(s, k), entropy_by_length=entropy_by_length(s, T), effective_rank=effective_rank(s), log_volume=volume,
