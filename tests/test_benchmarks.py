@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
-from benchmarks import demo_seeds, published_mixes, speed  # noqa: E402
+from benchmarks import demo_seeds, published_mixes, speed
 
 
 @pytest.fixture(scope='module')
