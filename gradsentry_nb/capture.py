@@ -314,12 +314,12 @@ def batch_factors(
             h = hidden[i] if hidden[i].dtype == torch.float64 else hidden[i].float()
             yield i, GradFactors(d.div_(len(d)), h, l)
 
-# %% ../nbs/10_capture.ipynb #a77d2408
+# %% ../nbs/10_capture.ipynb #32aab6ab
 @dataclass(eq=False)
 class Capture:
     "Per-sample gradient factors of a causal language model, from forward passes only."
     model:nn.Module              # a transformers causal language model; left exactly as it was found
-    budget:int=1024              # most tokens in a batch, padding included
+    budget:int|None=None         # most tokens in a batch, padding included; None: 1,024 on a CPU, 8,192 elsewhere
     room:int=2**22               # most supervised tokens x vocabulary entries held at once
     share:bool=True              # compute a prefix that all rows have in common only once?
     notes:list = field(default_factory=list)  # sentences about what was decided
