@@ -8,7 +8,7 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = ('.git', '.venv', '.*_cache', '.hypothesis', '.ipynb_checkpoints', '__pycache__', '*.egg-info', 'build',
-            'dist', '_proc', '_docs', 'gradsentry-demo', 'gradsentry-out')
+            'dist', '_proc', '_docs', 'gradsentry-demo', 'gradsentry-out', 'gradsentry-runs', 'gradsentry-attack')
 
 # Nothing that is tested may reach for a network, and a failure found by chance must come back on the next run.
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
