@@ -43,7 +43,7 @@ class Clustering(Baseline):
         why = scores.info['notes'][-1]
         return Cut(1., 'clusters', f'{why} {k} of {n} rows.', dict(rows=n, suspects=k)) if k else Cut(None, 'clusters', f'{why}, so nothing was dropped.')
 
-# %% ../../nbs/32_baselines.geometry.ipynb #8c14db51
+# %% ../../nbs/32_baselines.geometry.ipynb #bc4f8cd2
 def _places(self, samples, embed, least, progress):
     "Columns of all rows from `embed(encoded, progress)`, which scores those with an answer in the order of their ids."
     encoded = encode_samples(samples, self.tokenizer, self.max_length)
@@ -52,7 +52,7 @@ def _places(self, samples, embed, least, progress):
     X, ok = embed([encoded[i] for i in at], progress) if at else (None, np.zeros(0, bool))
     for i, fine in zip(at, ok): columns['problem'][i] = None if fine else NOT_FINITE
     at = np.array(at, int)[ok]
-    if len(at): columns['margin'][at], columns['score'][at] = self.decide(X, least) if len(at) >= least else self.undecided(len(at), f'{len(at)} rows are too few to cluster')
+    if len(at): columns['margin'][at], columns['score'][at] = self.decide(X, least) if len(at) >= least else self.undecided(len(at), f'{len(at)} row{"s are" if len(at) > 1 else " is"} too few to cluster')
     return columns
 
 def _undecided(self, n, why):

@@ -17,7 +17,7 @@ from ..data import Samples, encode_samples, load_samples
 from ..textstats import answer_words, grams, most_repeated, rivals, text_columns
 from ..threshold import THRESHOLDS, check_rate, find_cut, p_values
 
-# %% ../../nbs/30_baselines.text.ipynb #1926fbc7
+# %% ../../nbs/30_baselines.text.ipynb #20925ee9
 @dataclass(frozen=True)
 class DetectorInfo:
     "What the registry knows of a detector."
@@ -28,7 +28,7 @@ class DetectorInfo:
     needs:str = ''      # '' for text alone, 'model' for the model before fine-tuning, 'tuned' for one after it
     rowwise:bool = True # is a row's score a function of that row alone, given the model?
     takes:tuple = ()    # names that `build` accepts
-    only:frozenset = frozenset()  # settings among them that a caller may name
+    only:tuple = ()     # the settings among them
 
 DETECTORS = {}  # name -> DetectorInfo
 
@@ -39,7 +39,7 @@ def detector(
     "Enter a dataclass into the registry; its fields are the settings."
     def add(cls):
         cls.name, takes = name, tuple(f.name for f in fields(cls))
-        DETECTORS[name] = DetectorInfo(cls, takes=takes, only=frozenset(takes)-{'model', 'tokenizer'}, **about)
+        DETECTORS[name] = DetectorInfo(cls, takes=takes, only=tuple(sorted({*takes}-{'model', 'tokenizer'})), **about)
         return cls
     return add
 
@@ -134,7 +134,7 @@ def _score(self,
 
 Baseline.info, Baseline.score = _info, _score
 
-# %% ../../nbs/30_baselines.text.ipynb #82d42682
+# %% ../../nbs/30_baselines.text.ipynb #7457f6d3
 def _cut(self, scores, clean=None):
     "The cut that the threshold setting asks for."
     if not len(scores.values): return Cut(None, str(self.threshold), 'No row could be scored, so nothing was dropped.')
@@ -148,7 +148,13 @@ def _filter(self,
     "Score the rows and draw the cut; the trivial statistics stand beside the verdict."
     clean = None
     if known_clean is not None or self.threshold == 'calibrated': clean = self.known(known_clean, progress)
-    scores = self.score(samples, progress)
+    return self.judge(self.score(samples, progress), clean)
+
+def _judge(self,
+    scores:Scores,      # what `score` gave
+    clean=None,         # [n] scores of known-clean rows
+)->Verdict:
+    "Draw the cut through scores that are there already."
     if clean is not None: scores = Scores(scores.frame.assign(p_value=p_values(scores.frame['score'], clean)), scores.info)
     cut = self.cut(scores, clean)
     return Verdict(scores, cut, rivals(scores.frame, cut.flags(scores.frame['score'])))
@@ -161,7 +167,7 @@ def _known(self, known_clean, progress):
         raise SettingError(f'{self.name} scores a row by the other rows of its file, so known-clean rows cannot calibrate it; choose a valley, or one of {alone}.')
     return self.score(known_clean, progress).values
 
-Baseline.cut, Baseline.filter, Baseline.known = _cut, _filter, _known
+Baseline.cut, Baseline.filter, Baseline.judge, Baseline.known = _cut, _filter, _judge, _known
 
 # %% ../../nbs/30_baselines.text.ipynb #e270d21e
 @detector('answer_length', about='how long the answer is, in words, or in tokens where a tokenizer is given',
