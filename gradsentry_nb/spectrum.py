@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPS', 'WINDOW', 'STATISTICS', 'cosines', 'product_svals', 'svals', 'distribution', 'entropy', 'spectral_entropy',
            'entropy_bound', 'entropy_by_length', 'effective_rank', 'surprise_kernel', 'log_volume', 'window_loss',
-           'RowRoots', 'row_roots', 'statistics', 'sketch']
+           'RowRoots', 'row_roots', 'statistics', 'sketch', 'dct', 'dct_corner']
 
 # %% ../nbs/11_spectrum.ipynb #dba71d2a
 import math
@@ -178,3 +178,23 @@ def sketch(
     g = torch.Generator().manual_seed(seed)
     side = lambda n: (torch.randn(n, size, generator=g)/math.sqrt(size)).to(f.D)
     return ((f.D@side(f.D.shape[1])).T@(f.H@side(f.H.shape[1]))).flatten()
+
+# %% ../nbs/11_spectrum.ipynb #b74ee83c
+def dct(
+    X:Tensor,      # [.., n]
+    keep:int,      # how many coefficients, the lowest frequencies first
+)->Tensor:         # [.., keep]
+    "Cosine transform of type II along the last axis, not normalised, by one FFT of the same length (Makhoul 1980)."
+    n = X.shape[-1]
+    v = torch.cat([X[..., ::2], X[..., 1::2].flip(-1)], -1)
+    turn = torch.polar(torch.ones(keep, dtype=X.dtype), -torch.arange(keep, dtype=X.dtype)*math.pi/(2*n)).to(X.device)
+    return 2*((torch.fft.rfft if keep <= n//2+1 else torch.fft.fft)(v)[..., :keep]*turn).real
+
+def dct_corner(
+    f,             # `GradFactors` or `LongFactors` of one sample
+    n:int=8,       # keep the lowest 1/n of the frequencies on both sides
+)->tuple:          # (Dc [T, V//n], Hc [T, d//n]): the corner is `Dc.T @ Hc`
+    "Factors of the low-frequency corner of the gradient's two-dimensional cosine transform."
+    low = lambda X: dct(X, max(1, X.shape[1]//n)).to(f.H.dtype)
+    D = low(f.D) if hasattr(f, 'D') else torch.cat([low(f.part(a)) for a in range(0, f.T, f.step)])
+    return D, low(f.H)
