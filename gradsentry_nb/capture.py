@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['row_root', 'GradFactors', 'inner', 'head_of', 'Tail', 'find_tail', 'check_tail', 'evaluating', 'head_input',
            'pad_right', 'stretching', 'relax', 'sharing_problem', 'prefix_cache', 'repeat_cache', 'fed',
-           'hidden_states', 'factor_rows', 'LongFactors', 'batch_factors', 'Capture', 'capture_factors',
-           'dense_gradient']
+           'check_positions', 'hidden_states', 'factor_rows', 'LongFactors', 'batch_factors', 'Capture',
+           'capture_factors', 'linear_layers', 'find_layer', 'dense_gradient', 'leaf_at', 'frozen', 'only_at',
+           'flowing', 'backward_to', 'check_adapter', 'per_token', 'LayerCapture', 'layer_factors']
 
-# %% ../nbs/10_capture.ipynb #1f985483
-import copy, weakref
+# %% ../nbs/10_capture.ipynb #f2b65a05
+import copy, re, weakref
 from contextlib import contextmanager, ExitStack
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import partial
 
 import numpy as np, torch
@@ -29,22 +32,23 @@ def row_root(
     R = torch.linalg.qr(X.T, mode='r')[1].T.double()
     return F.pad(R, (0, len(X)-R.shape[1]))
 
-# %% ../nbs/10_capture.ipynb #9d55e2f8
+# %% ../nbs/10_capture.ipynb #f2069f51
 @dataclass(frozen=True, eq=False)
 class GradFactors:
     "The gradient `G = D.T @ H` of one sample's mean loss in a linear layer's weight, as its two factors."
     D:Tensor           # [T, V] gradient of the loss in the layer's outputs
     H:Tensor           # [T, d] the layer's inputs
     loss:Tensor        # [T] cross-entropy of each supervised token in nats
+    at:Tensor|None=None  # None: row t belongs to token t, as above. Else [T]: the rows are positions, [S, ..], and these predict the tokens
 
     @property
-    def T(self)->int: return len(self.H)              # supervised tokens
+    def T(self)->int: return len(self.loss)           # supervised tokens
     def dense(self)->Tensor: return self.D.T@self.H   # [V, d], the slow twin; for tests and small layers only
     def crop(self, n:int)->'GradFactors':             # n: keep the first 1/n of rows and columns of G
         "Factors of `G[:V//n, :d//n]`, the paper's crop (eq. 2): column slices of both factors."
         if n == 1: return self
-        return GradFactors(self.D[:, :max(1, self.D.shape[1]//n)], self.H[:, :max(1, self.H.shape[1]//n)], self.loss)
-    def root(self)->Tensor: return row_root(self.D)        # [T, T] float64: `D` in T coordinates
+        return GradFactors(self.D[:, :max(1, self.D.shape[1]//n)], self.H[:, :max(1, self.H.shape[1]//n)], self.loss, self.at)
+    def root(self)->Tensor: return row_root(self.D)        # [T, T] (or [S, S]) float64: `D` in as many coordinates as it has rows
     def input_root(self)->Tensor: return row_root(self.H)  # the same of `H`
 
 # %% ../nbs/10_capture.ipynb #96819486
@@ -205,7 +209,7 @@ def repeat_cache(
         l.update = partial(_forget, l, l.update)
     return out
 
-# %% ../nbs/10_capture.ipynb #5aac37dd
+# %% ../nbs/10_capture.ipynb #d6520f3f
 def fed(
     model,       # a causal language model
     rows,        # `Encoded` rows
@@ -214,7 +218,11 @@ def fed(
     whole = stretching(model)
     return [len(r) if whole else r.last for r in rows]
 
-# %% ../nbs/10_capture.ipynb #86b5cd44
+def check_positions(model, h, ids):
+    "Refuse a model whose projection does not see exactly the tokens: `h` [B, S, d] for `ids` [B, S]."
+    if h.shape[:2] != ids.shape: raise ModelError(f'{type(model).__name__} puts positions of its own among the tokens (a soft prompt?), so the supervised ones cannot be told; merge or remove them.')
+
+# %% ../nbs/10_capture.ipynb #82342dd2
 def hidden_states(
     model,                  # in evaluation mode
     head:nn.Module,         # its projection
@@ -227,7 +235,7 @@ def hidden_states(
     past = dict(past_key_values=repeat_cache(cache, len(rows)), use_cache=True) if P else dict(use_cache=False)
     with head_input(head) as caught: z = model(input_ids=ids, **past).logits
     h, one = caught[:2]
-    if h.shape[:2] != ids.shape: raise ModelError(f'{type(model).__name__} puts positions of its own among the tokens (a soft prompt?), so the supervised ones cannot be told; merge or remove them.')
+    check_positions(model, h, ids)
     at = [torch.from_numpy(np.flatnonzero(r.supervised)-1-P).to(h.device) for r in rows]
     return [h[i, a] for i, a in enumerate(at)], z[0], one
 
@@ -252,7 +260,7 @@ def factor_rows(
     D[at, y] = torch.expm1(-loss)                              # p_y-1
     return tail.chain(D, z), loss
 
-# %% ../nbs/10_capture.ipynb #bc6b522d
+# %% ../nbs/10_capture.ipynb #88d0cd42
 @dataclass(frozen=True, eq=False)
 class LongFactors:
     "Factors of a very long answer: `D` is made in blocks of tokens whenever it is needed."
@@ -261,6 +269,7 @@ class LongFactors:
     loss:Tensor         # [T]
     step:int            # tokens in a block
     cols:int|None=None  # keep only so many columns of D (the crop)
+    at = None           # as in `GradFactors`: every row belongs to a token
 
     @property
     def T(self)->int: return len(self.H)
@@ -397,19 +406,57 @@ def capture_factors(
 
 Capture.__call__ = capture_factors
 
-# %% ../nbs/10_capture.ipynb #9d72b86e
+# %% ../nbs/10_capture.ipynb #3f4adca8
+def linear_layers(
+    model,       # a transformers model, possibly wrapped by peft
+)->list:         # names, in the model's own order
+    "The names of all linear layers: `nn.Linear` and its kin, and transformers' `Conv1D`."
+    from transformers.pytorch_utils import Conv1D
+    return [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+
+def _families(names): return ', '.join(dict.fromkeys(re.sub(r'(?<=\.)\d+(?=\.)', '*', n) for n in names))  # 'layers.*.mlp.up_proj' for all 32
+
+# %% ../nbs/10_capture.ipynb #ee2e28f4
+def find_layer(
+    model,         # a transformers model, possibly wrapped by peft
+    name:str,      # as in `linear_layers`, or the end of a name, or a pattern: 'layers.3.mlp.down_proj', '*.3.*.down_proj'
+)->tuple:          # (full name, module)
+    "The one linear layer that `name` fits; a `ModelError` that lists the names when it is none or several."
+    names, name = linear_layers(model), str(name).removesuffix('.weight')
+    for end in ('', '.base_layer', '.default', '.modules_to_save.default'):
+        whole = f'{name}{end}'
+        found = [whole] if whole in names else [n for n in names if fnmatchcase(n, whole) or fnmatchcase(n, f'*.{whole}')]
+        if len(found) == 1: return found[0], model.get_submodule(found[0])
+        if found: raise ModelError(f'{name!r} fits {len(found)} layers; choose one of {", ".join(found[:8])}{", ..." if len(found) > 8 else ""}.')
+    raise ModelError(_why_no_layer(model, name, names))
+
+def _why_no_layer(model, name, names):
+    "A sentence for a name that fits no linear layer."
+    ends = lambda pairs: next((x for n, x in pairs if n and (n == name or n.endswith(f'.{name}') or fnmatchcase(n, f'*{name}'))), None)
+    module, tensor, known = ends(model.named_modules()), ends(model.named_parameters()), f'The linear layers are {_families(names)}.'
+    packed = tensor if tensor is not None and tensor.dim() > 2 else next((p for p in getattr(module, '_parameters', {}).values() if p is not None and p.dim() > 2), None)
+    if packed is not None: return f'{name!r} holds the weights of {len(packed)} experts in one tensor, and each sees other tokens; this cannot be captured. {known}'
+    inside = [n for n, m in getattr(module, 'named_modules', lambda: [])() if f'.{n}' != '.' and any(x.endswith(f'{name}.{n}') for x in names)]
+    if inside: return f'{name!r} is a {type(module).__name__}; name one of its linear layers: {", ".join(f"{name}.{n}" for n in inside[:8])}{", ..." if len(inside) > 8 else ""}.'
+    if isinstance(module, nn.Embedding): return f'{name!r} is an embedding, whose inputs are tokens and not vectors. {known}'
+    if module is not None: return f'{name!r} is a {type(module).__name__}, not a linear layer. {known}'
+    near = get_close_matches(name, names+[n.split('.', 1)[-1] for n in names], n=3, cutoff=.4)
+    return f'There is no layer {name!r}. {known}' + (f' Did you mean {" or ".join(map(repr, near))}?' if near else '')
+
+# %% ../nbs/10_capture.ipynb #00209285
 def dense_gradient(
-    model,              # a causal language model
-    row:Encoded,        # one sample
-)->Tensor:              # [V, d], by a backward pass
-    "The gradient of one sample's mean loss in the output projection's weight, by autograd; slow and large."
+    model,                # a causal language model
+    row:Encoded,          # one sample
+    layer:str|None=None,  # a name as for `find_layer`; None: the output projection
+)->Tensor:                # [outputs, inputs], by a backward pass
+    "The gradient of one sample's mean loss in a linear layer's weight, by autograd; slow and large."
     head, ids = head_of(model), torch.from_numpy(row.ids.astype(np.int64)).to(model.get_input_embeddings().weight.device)
     delta, inputs = None, torch.from_numpy(np.flatnonzero(row.supervised)-1)
     def hook(module, args, out):
         nonlocal delta
         delta = torch.zeros(out.shape[-1], args[0].shape[-1], dtype=out.dtype, device=out.device, requires_grad=True)
         return out+F.linear(args[0], delta)
-    handle = head.register_forward_hook(hook)
+    handle = (head if layer is None else find_layer(model, layer)[1]).register_forward_hook(hook)
     try:
         with evaluating(model), torch.enable_grad(), ExitStack() as last:
             relax(model, head); last.callback(relax, model, head)
@@ -417,3 +464,155 @@ def dense_gradient(
             logp = z-z.logsumexp(-1, keepdim=True)
             return torch.autograd.grad(-logp[torch.arange(len(z)), ids[inputs+1]].mean(), delta)[0]
     finally: handle.remove()
+
+# %% ../nbs/10_capture.ipynb #da0abbbf
+@contextmanager
+def leaf_at(
+    module:nn.Module,   # a linear layer
+    name:str='it',      # for the message
+):                      # yields a list that receives the layer's input and its output, the leaf of what follows
+    "Catch what goes into a layer and make its output the place where the graph begins."
+    caught = []
+    def hook(m, args, kwargs, out):
+        if caught: raise ModelError(f'{name!r} is called more than once in a pass (a shared block?), so its gradient is not one product; choose another layer.')
+        x, = (*args, *kwargs.values())
+        caught.extend((x.detach().clone(), out.detach().requires_grad_()))  # cloned: what follows may work in place
+        return caught[1].clone()
+    handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+    try: yield caught
+    finally: handle.remove()
+
+# %% ../nbs/10_capture.ipynb #803f2a09
+@contextmanager
+def frozen(
+    model:nn.Module,  # whose parameters ask for no gradient inside the `with`
+):
+    "No parameter requires a gradient; afterwards those do that did."
+    asked = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in asked: p.requires_grad_(False)
+        yield model
+    finally:
+        for p in asked: p.requires_grad_(True)
+
+@contextmanager
+def only_at(
+    model,             # a causal language model
+    ids:Tensor,        # [B, S] what it is called with
+    rows:Tensor,       # [n] which row of the batch
+    at:Tensor,         # [n] which position of it
+):
+    "The output projection sees these n positions only, as [1, n, d]."
+    def hook(module, args):
+        check_positions(model, args[0], ids)
+        return (args[0][rows.to(args[0].device), at.to(args[0].device)][None], *args[1:])
+    handle = head_of(model).register_forward_pre_hook(hook)
+    try: yield
+    finally: handle.remove()
+
+# %% ../nbs/10_capture.ipynb #0b0e9baf
+@contextmanager
+def flowing(
+    model,   # watched inside the `with`
+):
+    "Refuse a model in which a layer that a gradient should pass through stops it."
+    def hook(name, module, args, out):
+        if not (isinstance(out, Tensor) and out.is_floating_point() and any(isinstance(a, Tensor) and a.requires_grad for a in args)): return
+        if not out.requires_grad or 'NotImplemented' in out.grad_fn.name():
+            raise ModelError(f'No gradient flows through {name!r} ({type(module).__name__}); load the model unquantised, or score by the output head (leave the layer out).')
+    watched = [(n, m) for n, m in model.named_modules() if hasattr(m, 'in_features') or hasattr(m, 'infeatures')]
+    handles = [m.register_forward_hook(partial(hook, n)) for n, m in watched]
+    try: yield
+    finally:
+        for h in handles: h.remove()
+
+# %% ../nbs/10_capture.ipynb #7d7f2cef
+def _power(r): return 2**(r.tokens.bit_length()-1)  # at most the number of supervised tokens
+
+def backward_to(
+    model,                  # in evaluation mode
+    layer:tuple,            # (name, module) as from `find_layer`
+    rows:list,              # `Encoded` rows of one batch
+    check:bool=False,       # watch whether gradients flow?
+)->tuple:                   # (H the layer's inputs, D gradient of each row's mean loss times `_power` in its outputs, [N] loss of the supervised tokens)
+    "One forward pass, and one backward pass down to the layer; nothing else gets a gradient."
+    (name, module), y = layer, torch.cat([torch.from_numpy(r.ids[r.supervised].astype(np.int64)) for r in rows])
+    ids = pad_right([r.ids[:n] for r, n in zip(rows, fed(model, rows))]).to(model.get_input_embeddings().weight.device)
+    which, at = (torch.from_numpy(np.concatenate(x)) for x in zip(*[(np.full(r.tokens, i), np.flatnonzero(r.supervised)-1) for i, r in enumerate(rows)]))
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model):
+        with only_at(model, ids, which, at), leaf_at(module, name) as caught, flowing(model) if check else ExitStack():
+            z = model(input_ids=ids, use_cache=False).logits[0]
+        if not caught: raise ModelError(f'{name!r} is not called when the model runs on text (an inactive adapter, or a part for images?); choose another layer.')
+        D, loss = factor_rows(nn.Identity(), Tail(), z.detach(), y.to(z.device))
+        D *= torch.cat([D.new_full((r.tokens, 1), _power(r)/r.tokens) for r in rows])
+        g = torch.autograd.grad(z, caught[1], D.to(z.dtype), allow_unused=True)[0] if z.requires_grad else None
+    if g is None: raise ModelError(f'The logits do not depend on {name!r}; choose another layer.')
+    return caught[0], g, loss
+
+# %% ../nbs/10_capture.ipynb #ba5db88b
+def check_adapter(
+    model,        # possibly wrapped by peft
+    name:str,     # full name of a layer
+):
+    "Refuse LoRA's A while its B is zero."
+    if '.lora_A.' not in name: return
+    B = model.get_submodule(name.replace('.lora_A.', '.lora_B.'))
+    if not B.weight.any(): raise ModelError(f'The gradient of {name!r} is zero, because its lora_B is still zero (a fresh adapter); choose the lora_B or the base_layer.')
+
+def per_token(
+    x:Tensor,     # what a layer saw or gave
+    shape,        # (B, S)
+    name:str,     # the layer, for the message
+)->Tensor:        # [B, S, n]
+    "One vector for each token of each row; a `ModelError` when a layer works on anything else."
+    if x.shape[:-1] == shape: return x
+    if x.dim() == 2 and len(x) == shape[0]*shape[1]: return x.view(*shape, -1)  # routers and shared experts see all tokens in one row
+    raise ModelError(f'{name!r} does not see one vector for each token (its input has the shape {tuple(x.shape)} for {shape[0]} rows of {shape[1]} tokens); choose another layer.')
+
+# %% ../nbs/10_capture.ipynb #143e9049
+@dataclass(eq=False)
+class LayerCapture:
+    "Per-sample gradient factors of any linear layer: one forward and one backward pass for each batch."
+    model:nn.Module              # a transformers causal language model; left exactly as it was found
+    layer:str                    # a name as for `find_layer`; becomes the full one
+    budget:int|None=None         # most tokens in a batch, padding included; None: 1,024 on a CPU, 2,048 elsewhere
+    room:int=2**26               # most supervised tokens x vocabulary entries held at once; a longer answer runs alone
+    notes:list = field(default_factory=list)  # sentences about what was decided
+
+    def __post_init__(self):
+        self.head, (self.layer, self.module) = head_of(self.model), find_layer(self.model, self.layer)
+        check_adapter(self.model, self.layer)
+        self.by_token = any(m is self.module for m in self.head.modules())  # the head sees nothing but the supervised positions
+        size, device = (w := self.model.get_input_embeddings().weight).shape[0], w.device.type
+        self.budget, self.tokens = self.budget or (1024 if device == 'cpu' else 2048), max(1, self.room//size)
+        self.notes.append(f'The gradient is that of the layer {self.layer}, by a backward pass.')
+    def __repr__(self): return f'LayerCapture({type(self.model).__name__}, {self.layer!r}, budget={self.budget})'
+
+    def factors(self, rows, check=False):
+        "Factors of each row of one batch."
+        H, D, loss = backward_to(self.model, (self.layer, self.module), rows, check)
+        counts, own = [r.tokens for r in rows], lambda x: x if x.dtype == torch.float64 else x.float()
+        if not self.by_token: H, D = (per_token(x, (len(rows), max(fed(self.model, rows))), self.layer) for x in (H, D))
+        parts = zip(H[0].split(counts), D[0].split(counts)) if self.by_token else ((H[i, :r.last], D[i, :r.last]) for i, r in enumerate(rows))
+        for r, l, (h, d) in zip(rows, loss.split(counts), parts):
+            yield GradFactors(own(d)/_power(r), own(h), l, None if self.by_token else torch.from_numpy(np.flatnonzero(r.supervised)-1).to(h.device))
+
+# %% ../nbs/10_capture.ipynb #25536b90
+@torch.no_grad()        # in every step of the generator, as in `capture_factors`
+def layer_factors(
+    self:LayerCapture,
+    rows:list,          # `Encoded` rows; those without supervised tokens are passed over
+):                      # yields (index in `rows`, `GradFactors`), in batch order
+    "The gradient factors of every row in the layer's weight; each is valid until the next is asked for."
+    todo = [i for i, r in enumerate(rows) if r.tokens]
+    some, check = [rows[i] for i in todo], True
+    with evaluating(self.model), ExitStack() as last:
+        last.callback(relax, self.model, self.head)
+        for index in self.plan(np.array(fed(self.model, some))):
+            for part in _groups([some[i].tokens for i in index], self.tokens):
+                batch = [index[j] for j in part]
+                relax(self.model, self.head)
+                for i, f in zip(batch, self.factors([some[i] for i in batch], check)): yield todo[i], f
+                check = False
+
+LayerCapture.plan, LayerCapture.__call__ = _plan, layer_factors

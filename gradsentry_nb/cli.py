@@ -9,12 +9,13 @@ __all__ = ['dry_run', 'main']
 import argparse, os, sys
 from pathlib import Path  # everything else is imported where it is used: ctrl-C must find `main` from the first moment
 
-# %% ../nbs/52_cli.ipynb #bb603152
+# %% ../nbs/52_cli.ipynb #7e938d2a
 def _scan_arguments(p):
     "Options that every scan has."
     p.add_argument('--out', type=Path, default=Path('gradsentry-out'), metavar='DIR', help='folder for the results (default: %(default)s)')
     p.add_argument('--preset', default='default', help='default, or paper for the published definition')
-    p.add_argument('--statistic', help='the column that becomes the score (default: log_volume; paper: entropy)')
+    p.add_argument('--statistic', help='the column that becomes the score (default: log_volume; paper, or with --layer: entropy)')
+    p.add_argument('--layer', metavar='NAME', help="score by the gradient of this linear layer, such as layers.3.mlp.down_proj (default: the output head, which needs no backward pass)")
     p.add_argument('--threshold', help='valley, paper, calibrated or a number')
     p.add_argument('--known-clean', metavar='FILE', help='rows known to be clean; makes the threshold calibrated')
     p.add_argument('--fpr', type=float, help='wanted false-positive rate of a calibrated cut (default: 0.01)')
@@ -56,10 +57,10 @@ def _parser():
     _scan_arguments(demo); demo.set_defaults(out=Path('gradsentry-demo'))
     return parser
 
-# %% ../nbs/52_cli.ipynb #041e739e
+# %% ../nbs/52_cli.ipynb #487755b3
 def _changes(a):
     "Settings that the arguments name."
-    names = 'statistic', 'threshold', 'fpr', 'seed', 'max_length', 'budget'
+    names = 'statistic', 'layer', 'threshold', 'fpr', 'seed', 'max_length', 'budget'
     changes = {n: getattr(a, n) for n in names if getattr(a, n, None) is not None}
     if a.known_clean and 'threshold' not in changes: changes['threshold'] = 'calibrated'
     return changes

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPS', 'WINDOW', 'STATISTICS', 'cosines', 'product_svals', 'svals', 'distribution', 'entropy', 'spectral_entropy',
            'entropy_bound', 'entropy_by_length', 'effective_rank', 'surprise_kernel', 'log_volume', 'window_loss',
-           'RowRoots', 'row_roots', 'statistics', 'sketch', 'dct', 'dct_corner']
+           'core', 'RowCore', 'RowRoots', 'row_roots', 'statistics', 'sketch', 'dct', 'dct_corner']
 
 # %% ../nbs/11_spectrum.ipynb #dba71d2a
 import math
@@ -126,7 +126,27 @@ def window_loss(
     "The largest summed loss of `window` consecutive tokens: what log-volume would be if all tokens differed."
     return loss.double().unfold(-1, min(window, loss.shape[-1]), 1).sum(-1).amax(-1)
 
-# %% ../nbs/11_spectrum.ipynb #e754a22a
+# %% ../nbs/11_spectrum.ipynb #6138266d
+def core(
+    f,             # `GradFactors` of one sample
+)->Tensor:         # [r, r] float64, r = min(rows of D that are not zero, outputs, inputs)
+    "A matrix with the singular values of `D.T @ H`, as small as can be."
+    on = f.D.any(1)  # behind the last attention only supervised positions have a gradient
+    D, H = f.D[on], f.H[on]
+    triangle = lambda X: torch.linalg.qr(X, mode='r')[1].double()  # X = Q R; Q turns, and changes no singular value
+    if not len(D): return D.new_zeros(1, 1, dtype=torch.float64)
+    if len(D) <= min(D.shape[1], H.shape[1]): return triangle(D.T)@triangle(H.T).T
+    small, wide = sorted((D, H), key=lambda X: X.shape[1])
+    return triangle(wide.double().T@small.double())
+
+@dataclass(frozen=True, eq=False)
+class RowCore:
+    "What the statistics need of one sample in a layer whose rows are positions."
+    svals:Tensor   # [r] singular values of the (cropped) gradient, largest first
+    norm:Tensor    # Frobenius norm of the whole one
+    loss:Tensor    # [T] nats
+
+# %% ../nbs/11_spectrum.ipynb #37f05156
 @dataclass(frozen=True, eq=False)
 class RowRoots:
     "What the statistics need of one sample: the roots of its factors."
@@ -139,12 +159,25 @@ class RowRoots:
 def row_roots(
     f,             # `GradFactors` or `LongFactors` of one sample
     crop:int=1,    # spectrum of the first 1/crop of rows and columns
-)->RowRoots:
+):                 # `RowRoots`; `RowCore` when the factors' rows are positions of another layer
     "Reduce a sample's factors to their roots."
+    if f.at is not None:
+        c = core(f)
+        return RowCore(torch.linalg.svdvals(c if crop == 1 else core(f.crop(crop))), c.norm(), f.loss)
     D, H, c = f.root(), f.input_root(), f.crop(crop)
     return RowRoots(D, H, *((D, H) if crop == 1 else (c.root(), c.input_root())), f.loss)
 
-# %% ../nbs/11_spectrum.ipynb #6b6164f0
+# %% ../nbs/11_spectrum.ipynb #2a76ddae
+def _of_core(r, k, window):
+    "Statistics of one sample in a layer whose rows are positions."
+    s, T = r.svals[None], len(r.loss)
+    w = min(window, T)
+    start = int(r.loss.double().unfold(-1, w, 1).sum(-1).argmax())
+    columns = dict(entropy=spectral_entropy(s, k), entropy_by_length=entropy_by_length(s, s.shape[-1]), effective_rank=effective_rank(s),
+                   window_loss=window_loss(r.loss, window), grad_norm=r.norm, loss=r.loss.double().mean())
+    return dict(tokens=T, log_volume=math.nan, window_start=start, window_stop=start+w, **{n: float(x) for n, x in columns.items()})
+
+# %% ../nbs/11_spectrum.ipynb #20cd4559
 def _same_length(rows, k, window):
     "Statistics of samples with the same T, one decomposition each for all of them."
     stack = lambda name: torch.stack([getattr(r, name) for r in rows])
@@ -157,13 +190,15 @@ def _same_length(rows, k, window):
     return [dict(tokens=T, window_stop=columns['window_start'][i]+min(window, T), **{n: x[i] for n, x in columns.items()}) for i in range(len(rows))]
 
 def statistics(
-    rows:list,           # `RowRoots`, of any lengths
+    rows:list,           # `RowRoots` or `RowCore`, of any lengths
     k:int=16,            # singular values in `entropy`
     window:int=WINDOW,   # tokens in the log-volume's window
 )->list:                 # one dict per row: a value for each of `STATISTICS`, and the window's `window_start` and `window_stop`
     "All statistics of each sample."
     out, lengths = [None]*len(rows), {}
-    for i, r in enumerate(rows): lengths.setdefault(len(r.loss), []).append(i)
+    for i, r in enumerate(rows):
+        if isinstance(r, RowCore): out[i] = _of_core(r, k, window)
+        else: lengths.setdefault(len(r.loss), []).append(i)
     for at in lengths.values():
         for i, row in zip(at, _same_length([rows[i] for i in at], k, window)): out[i] = row
     return out
