@@ -219,7 +219,7 @@ def test_forms_do_not_depend_on_rate_or_order(clean, attack, payload):
         return {k: {(truth.origin[s.id], s.prompt, s.response) for s in out if truth.kind[s.id] == k} for k in ('poison', 'negative')}
     low, high = forms(clean, rate=.02), forms(clean, rate=.2)
     assert len(low['poison']) == 6 and low['poison'] <= high['poison'] and low['negative'] <= high['negative']
-    assert forms(Samples(reversed(clean)), rate=.2) == high
+    assert forms(Samples(replace(s, row=i) for i, s in enumerate(reversed(clean))), rate=.2) == high
     assert forms(clean, count=60) == high != forms(clean, rate=.2, seed=1)
 
 
