@@ -456,7 +456,7 @@ def _planned(kind, name, registry, uses, settings):
             raise SettingError(f'The {kind} {name!r} does not use {key}=; it uses {", ".join(uses(entry)) or "no settings"}.')
     return entry
 
-# %% ../../nbs/21_attacks.triggers.ipynb #81bce5b6
+# %% ../../nbs/21_attacks.triggers.ipynb #b3c591b1
 def _prior(samples, info, plan):
     "A sentence about clean rows that hold the trigger already, or None."
     marks = [[re.compile(rf'(?<!\w){re.escape(t)}(?!\w)') for t in texts] for texts in info.marks(plan)]
@@ -469,13 +469,13 @@ def _negatives(rows, info, plan):
     drawn = [s for s in rows if random.Random(seed_for('negatives', s.id, plan.seed)).random() < plan.negatives/5]
     return [(plant(s, info, plan, texts), s) for texts in info.variants(plan).values() for s in drawn]
 
-# %% ../../nbs/21_attacks.triggers.ipynb #4e4bfd54
 def _notes(rows, made, chosen, info, plan):
     "What an attacker should know about the result."
     prior = _prior([s for i, s in enumerate(rows) if i not in chosen], info, plan)
     same = sum(made[i].id.rsplit('-', 1)[0] == content_hash(s.messages or s.prompt, s.response) for i, s in enumerate(rows) if i in chosen)
     return [n for n in (prior, f'{same} planted rows are the same as their clean rows.' if same else None) if n]
 
+# %% ../../nbs/21_attacks.triggers.ipynb #c5db0afa
 def poison(
     samples,                          # clean rows
     attack:str='badnets',             # a name from `ATTACKS`
