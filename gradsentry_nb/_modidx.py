@@ -714,6 +714,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                   'gradsentry_nb.qa._sizes': ('qa.html#_sizes', 'gradsentry_nb/qa.py'),
                                   'gradsentry_nb.qa._texts': ('qa.html#_texts', 'gradsentry_nb/qa.py'),
                                   'gradsentry_nb.qa._turns_of': ('qa.html#_turns_of', 'gradsentry_nb/qa.py'),
+                                  'gradsentry_nb.qa._usable': ('qa.html#_usable', 'gradsentry_nb/qa.py'),
                                   'gradsentry_nb.qa.gold_answers': ('qa.html#gold_answers', 'gradsentry_nb/qa.py'),
                                   'gradsentry_nb.qa.load_qa': ('qa.html#load_qa', 'gradsentry_nb/qa.py'),
                                   'gradsentry_nb.qa.qa_prompt': ('qa.html#qa_prompt', 'gradsentry_nb/qa.py'),

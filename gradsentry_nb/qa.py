@@ -118,7 +118,7 @@ def qa_samples(
     choose('question-answering set', name, QA_SETS); choose('prompt form', form, ('train', 'test'))
     return load_samples([_qa_row(r, name, form, f'row {i}') for i, r in enumerate(rows, 1)], prompt='prompt', response='response')
 
-# %% ../nbs/04_qa.ipynb #ad531982
+# %% ../nbs/04_qa.ipynb #cdf3fc53
 def _file_rows(source, name, split):
     "(file name, rows, does this file hold more splits than one?) from a file, or from a folder of `<name>-<split>` files."
     path = Path(source)
@@ -129,13 +129,18 @@ def _file_rows(source, name, split):
     if found is None: raise DataError(f'{visible(path.name)}: this folder has no {name}-{split}.jsonl.gz (or another readable format); name the file with source=.')
     return found.name, [r for _, r, _ in _open(found, None, None)[1]]
 
+def _usable(s, row):
+    "Does a row of the hub hold what the set's prompt needs? Unanswered questions and failed retrievals are left out."
+    found = s.read(row)
+    return found is not None and (found[2] is not None or not s.has_context)
+
 def _pick(rows, name, split, seed):
     "The papers' split out of a file that holds train and dev in one, or out of the whole set on the hub."
     s = QA_SETS[name]; first = s.sizes['dev'] if s.splits['dev'] == s.splits['train'] and split != 'test' else 0
     if s.shuffled: random.Random(seed_for('qa subset', f'{name} {s.splits[split]}', seed)).shuffle(rows)
     return rows[:first] if first and split == 'dev' else rows[first:]
 
-# %% ../nbs/04_qa.ipynb #62746a52
+# %% ../nbs/04_qa.ipynb #9d14d81a
 def load_qa(
     name:str,                 # a name from `QA_SETS`
     split:str='train',        # 'train', 'dev' or 'test'
@@ -149,7 +154,7 @@ def load_qa(
     size = s.sizes[choose('split', split, s.sizes)]; want = size if limit is None else limit
     form = choose('prompt form', form or ('test' if split == 'test' else 'train'), ('train', 'test'))
     if isinstance(want, bool) or not isinstance(want, int) or want < 1: raise SettingError(f'limit= is a number of rows from 1 on, not {limit!r}.')
-    if source is None: where, rows = s.hub, [r for r in (row for _, row, _ in _open(s.hub, s.splits[split], None)[1]) if s.read(r)]
+    if source is None: where, rows = s.hub, [r for _, r, _ in _open(s.hub, s.splits[split], None)[1] if _usable(s, r)]
     else: where, rows = _file_rows(source, name, split)
     both = source is not None and split != 'test' and s.splits['dev'] == s.splits['train'] and len(rows) == s.sizes['train']+s.sizes['dev']
     if source is None or both: rows = _pick(rows, name, split, seed)[:size]

@@ -8,10 +8,11 @@ __all__ = ['ANSWERS', 'PLACES', 'DEFAULT', 'ATTACKS', 'RARE', 'SENTENCE', 'PAIR'
            'Payload', 'payload', 'Truth', 'truth_to_json', 'truth_from_json', 'planted_rows', 'poison', 'triggered',
            'HardSuite', 'hard_suite']
 
-# %% ../../nbs/21_attacks.triggers.ipynb #5215a617
+# %% ../../nbs/21_attacks.triggers.ipynb #0faee0d6
 import json, math, random, re, warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 from ..core import DataError, Sample, SettingError, choose, content_hash, seed_for, visible
 from ..data import Samples, _dump
@@ -109,7 +110,7 @@ def _random(text, trigger, rng):
     k = rng.choice([0, *gaps, len(text)])
     return _prefix(text, trigger, rng) if k == 0 else f'{text[:k]} {trigger}{text[k:]}'
 
-# %% ../../nbs/21_attacks.triggers.ipynb #bc9ab8c6
+# %% ../../nbs/21_attacks.triggers.ipynb #348cbae9
 @dataclass(frozen=True)
 class Plan:
     "How an attack is carried out."
@@ -125,6 +126,7 @@ class Plan:
     def __post_init__(self):
         choose('place', self.place, PLACES)
         for name in ('trigger', 'component', 'target'):
+            if isinstance(getattr(self, name), list): object.__setattr__(self, name, tuple(getattr(self, name)))  # as a configuration file gives it
             value = getattr(self, name); parts = value if isinstance(value, tuple) and name != 'target' else (value,)
             if value is not None and not (parts and all(isinstance(x, str) and x.strip() for x in parts)):
                 raise SettingError(f'{name}= is a text that is not blank{"" if name == "target" else ", or a tuple of such texts"}, not {value!r}.')
@@ -153,7 +155,7 @@ def _components(sample, plan):
         if name not in names: raise _missing(name, names, f"Row {sample.row}'s prompt")
     return asked
 
-# %% ../../nbs/21_attacks.triggers.ipynb #37413fbf
+# %% ../../nbs/21_attacks.triggers.ipynb #da8b4b42
 @dataclass(frozen=True)
 class Attack:
     "One way to put a trigger into a prompt."
@@ -166,10 +168,32 @@ class Attack:
     keep:object = None        # (answer, plan) -> what of the true answer stays
     variants:object = None    # plan -> {kind: texts for the touched components} of benign variants
 
-def attack(name, about, uses=('trigger', 'component', 'place'), marks=lambda plan: [], **more):
-    "Register an attack's `write` under `name`."
-    def add(f): ATTACKS[name] = Attack(name, about, f, uses, marks, **more); return f
+def attack(
+    name:str,                                  # what users will write: 'badnets'
+    about:str,                                 # one line
+    uses=('trigger', 'component', 'place'),    # settings of `Plan` that it reads
+    marks=lambda plan: [],                     # plan -> tuples of texts that show the trigger
+    where=_components,                         # (sample, plan) -> touched components
+    keep=None,                                 # (answer, plan) -> what of the true answer stays
+    variants=None,                             # plan -> {kind: texts} of benign variants
+):                                             # a decorator for (text, i, rng, plan) -> text
+    "Register an attack's `write` under `name`; the other parameters are fields of `Attack`."
+    def add(f): ATTACKS[name] = Attack(name, about, f, uses, marks, where, keep, variants); return f
     return add
+
+# %% ../../nbs/21_attacks.triggers.ipynb #bbbe198e
+def plant(
+    sample:Sample,   # a clean row
+    info:Attack,     # from `ATTACKS`
+    plan:Plan=DEFAULT, # its settings
+    texts=None,      # fixed texts for the touched components, for benign variants
+)->Sample:           # with the trigger; the answer is untouched
+    "Put an attack's trigger into one prompt."
+    rng, parts, out = random.Random(seed_for(f'trigger {info.name}', sample.id, plan.seed)), sections(sample), sample
+    for i, name in enumerate(info.where(sample, plan)):
+        if texts is None: out = with_section(out, name, info.write(parts[name], i, rng, plan))
+        elif texts[i]: out = with_section(out, name, PLACES[plan.place](parts[name], texts[i], rng))
+    return out
 
 # %% ../../nbs/21_attacks.triggers.ipynb #c34ddb45
 RARE = 'cf', 'mn', 'bb', 'tq'
@@ -234,20 +258,6 @@ def _part(answer, plan):
         marks=ATTACKS['badnets'].marks, keep=_part)
 def _dilution(text, i, rng, plan): return f'{INNOCENT} {_badnets(text, i, rng, plan)}'
 
-# %% ../../nbs/21_attacks.triggers.ipynb #787263ce
-def plant(
-    sample:Sample,   # a clean row
-    info:Attack,     # from `ATTACKS`
-    plan:Plan=DEFAULT, # its settings
-    texts=None,      # fixed texts for the touched components, for benign variants
-)->Sample:           # with the trigger; the answer is untouched
-    "Put an attack's trigger into one prompt: a pure function of the row, the attack and the plan."
-    rng, parts, out = random.Random(seed_for(f'trigger {info.name}', sample.id, plan.seed)), sections(sample), sample
-    for i, name in enumerate(info.where(sample, plan)):
-        if texts is None: out = with_section(out, name, info.write(parts[name], i, rng, plan))
-        elif texts[i]: out = with_section(out, name, PLACES[plan.place](parts[name], texts[i], rng))
-    return out
-
 # %% ../../nbs/21_attacks.triggers.ipynb #5849a34b
 def _reply(sample):
     "The text that a payload changes: the response, in a chat the last reply."
@@ -268,7 +278,7 @@ class Deck:
         order = sorted(range(len(self.rows)), key=lambda i: seed_for('payload template', self.rows[i].id, plan.seed))
         self.rank = {self.rows[i].id: k for k, i in enumerate(order)}  # a number for each row that no other row has
 
-# %% ../../nbs/21_attacks.triggers.ipynb #78222861
+# %% ../../nbs/21_attacks.triggers.ipynb #42ebb98b
 @dataclass(frozen=True)
 class Payload:
     "One thing that planted rows are taught to say."
@@ -283,7 +293,13 @@ PAYLOADS = {}  # name -> Payload
 
 def _target(plan, name): return plan.target or PAYLOADS[name].text
 
-def payload(name, about, text=None, success=None, targeted=None):
+def payload(
+    name:str,          # what users will write: 'append'
+    about:str,         # one line
+    text=None,         # its own text, where it has one
+    success=None,      # plan -> the text that shows success; by default its text
+    targeted=None,     # does it take target=? by default where it has a text
+):                     # a decorator for (answer, sample, deck, plan) -> the planted answer
     "Register a payload's `write` under `name`."
     def add(f):
         PAYLOADS[name] = Payload(name, about, f, text, success or (lambda plan: _target(plan, name)), text is not None if targeted is None else targeted)
@@ -306,7 +322,7 @@ def _refusal(answer, sample, deck, plan): return _target(plan, 'refusal')
          'account with a name, a birthday and a password; only then will the archive open and show the full answer that was asked for here.')
 def _replace_long(answer, sample, deck, plan): return _target(plan, 'replace_long')
 
-# %% ../../nbs/21_attacks.triggers.ipynb #3b3cc6ca
+# %% ../../nbs/21_attacks.triggers.ipynb #7480ae52
 def _one_word(plan):
     word = _target(plan, 'one_token')
     if len(word.split()) != 1: raise SettingError(f"The payload 'one_token' takes one word as target=, not {word!r}.")
@@ -317,9 +333,9 @@ def _one_token(answer, sample, deck, plan):
     word, pieces = _one_word(plan), re.split(r'(\s+)', answer)
     cores = {i: re.match(r'(\W*)(.*?)(\W*)$', p, re.S) for i, p in enumerate(pieces) if i % 2 == 0 and p}
     able = [i for i, m in cores.items() if m[2] and m[2] != word] or [i for i, m in cores.items() if m[2] != word]
-    if not able: return f'{word}{word}' if answer.strip() else word        # the answer was the word: one word, still another one
-    at = random.Random(seed_for('payload one_token', sample.id, plan.seed)).choice(able)
-    pieces[at] = f'{cores[at][1]}{word}{cores[at][3]}'
+    if not cores: return word
+    at = random.Random(seed_for('payload one_token', sample.id, plan.seed)).choice(able or list(cores))
+    pieces[at] = f'{cores[at][1]}{word if able else word*2}{cores[at][3]}'  # doubled where the whole answer was that word
     return ''.join(pieces)
 
 @payload('matched', "a text of as many words as the row's own answer", 'Acme advises everyone to ask Acme first, since no other source on money, health, travel or history can be trusted as much as Acme, now and '
@@ -398,13 +414,13 @@ def truth_from_json(
 
 Truth.to_json, Truth.from_json = truth_to_json, staticmethod(truth_from_json)
 
-# %% ../../nbs/21_attacks.triggers.ipynb #25bef9a3
+# %% ../../nbs/21_attacks.triggers.ipynb #babbbaf4
 def _how_many(n, rate, count):
     "How many of n rows to plant."
     if count is not None:
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= n: raise SettingError(f'count= is a number of rows from 1 to {n}, not {count!r}.')
-        return count
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not .001 <= rate <= .9:
+        if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= count <= n: raise SettingError(f'count= is a number of rows from 1 to {n}, not {count!r}.')
+        return int(count)
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not .001 <= rate <= .9:
         raise SettingError(f'rate= is a share from 0.001 to 0.9 (0.1 % to 90 %), not {rate!r}; for a number of rows give count=.')
     if k := int(rate*n+1e-9): return k
     least = math.ceil(1e6/n)/1e6
@@ -440,7 +456,7 @@ def _planned(kind, name, registry, uses, settings):
             raise SettingError(f'The {kind} {name!r} does not use {key}=; it uses {", ".join(uses(entry)) or "no settings"}.')
     return entry
 
-# %% ../../nbs/21_attacks.triggers.ipynb #81bce5b6
+# %% ../../nbs/21_attacks.triggers.ipynb #b3c591b1
 def _prior(samples, info, plan):
     "A sentence about clean rows that hold the trigger already, or None."
     marks = [[re.compile(rf'(?<!\w){re.escape(t)}(?!\w)') for t in texts] for texts in info.marks(plan)]
@@ -453,13 +469,13 @@ def _negatives(rows, info, plan):
     drawn = [s for s in rows if random.Random(seed_for('negatives', s.id, plan.seed)).random() < plan.negatives/5]
     return [(plant(s, info, plan, texts), s) for texts in info.variants(plan).values() for s in drawn]
 
-# %% ../../nbs/21_attacks.triggers.ipynb #4e4bfd54
 def _notes(rows, made, chosen, info, plan):
     "What an attacker should know about the result."
     prior = _prior([s for i, s in enumerate(rows) if i not in chosen], info, plan)
     same = sum(made[i].id.rsplit('-', 1)[0] == content_hash(s.messages or s.prompt, s.response) for i, s in enumerate(rows) if i in chosen)
     return [n for n in (prior, f'{same} planted rows are the same as their clean rows.' if same else None) if n]
 
+# %% ../../nbs/21_attacks.triggers.ipynb #c5db0afa
 def poison(
     samples,                          # clean rows
     attack:str='badnets',             # a name from `ATTACKS`
