@@ -15,9 +15,8 @@ import pandas as pd
 import torch
 
 from benchmarks.speed import MODEL, SHARED
-from gradsentry_nb.attacks.triggers import PAYLOADS
 from gradsentry_nb.data import Samples
-from gradsentry_nb.experiment import FOUR, TRIVIAL, collect, experiment_grid, layer_defences, random_twin, run_grid
+from gradsentry_nb.experiment import collect, experiment_grid, layer_defences, random_twin, run_grid
 from gradsentry_nb.qa import load_qa
 from gradsentry_nb.sentry import load_model
 
@@ -45,20 +44,24 @@ def models():
 
 def parts(model):
     "Name of a part -> (grid, which models, which sets)."
-    small, random = ('qa-lm-9m',), ('random weights',)
-    both = small+random
+    small, random, short, long = ('qa-lm-9m',), ('random weights',), ('webqa', 'freebaseqa'), ('coqa', 'nq')
     ten = experiment_grid('table2', seeds=SEEDS, defences=(*OURS, 'graceful', *MODEL_FREE))
+    rates = experiment_grid('figure4', seeds=SEEDS, defences=('gradsentry', 'gradsentry_paper', 'window_loss', *MODEL_FREE))
+    hard = experiment_grid('hard', seeds=SEEDS, defences=(*OURS, *MODEL_FREE))
     return {
         'table2': (ten, small, SETS),
-        'table2-random': (replace(ten, defences=(*OURS, 'graceful')), random, SETS),
-        'rivals': (replace(ten, seeds=SEEDS[:1], defences=('cube', 'onion')), small, ('webqa', 'freebaseqa')),
-        'figure4': (experiment_grid('figure4', seeds=SEEDS, defences=('gradsentry', 'gradsentry_paper', 'graceful', 'window_loss', *MODEL_FREE)), small, SETS),
-        'figure5': (experiment_grid('figure5', seeds=SEEDS, sizes=(20, 50, 100, 200, 500, 890), defences=('gradsentry', 'gradsentry_paper', 'graceful', *MODEL_FREE)), small, SETS),
-        'table8': (experiment_grid('table8', seeds=(0,)), both, SETS),
-        'dilution': (experiment_grid('dilution', seeds=SEEDS), small, SETS),
-        'hard': (experiment_grid('hard', seeds=SEEDS, defences=(*OURS, *MODEL_FREE)), small, SETS),
-        'hard-random': (experiment_grid('hard', seeds=SEEDS[:1], payloads=tuple(PAYLOADS), defences=('gradsentry', 'gradsentry_paper')), random, SETS),
-        'table7': (experiment_grid('table2', attacks=('badnets',), seeds=SEEDS, defences=layer_defences(model)), small, ('freebaseqa',)),
+        'table8': (experiment_grid('table8', seeds=(0,)), small+random, SETS),
+        'hard': (hard, small, short),
+        'figure4': (rates, small, short),
+        'table2-random': (replace(ten, seeds=SEEDS[:1], defences=(*OURS, 'graceful')), random, SETS),
+        'hard-long': (replace(hard, seeds=SEEDS[:1]), small, long),
+        'figure4-long': (replace(rates, seeds=SEEDS[:1]), small, long),
+        'dilution': (experiment_grid('dilution', seeds=SEEDS), small, short),
+        'figure4-graceful': (replace(rates, attacks=('badnets',), seeds=SEEDS[:1], defences=('graceful',)), small, short),
+        'figure5': (experiment_grid('figure5', attacks=('badnets',), seeds=SEEDS, sizes=(20, 50, 100, 200, 500, 1000, 2000),
+                                    defences=('gradsentry', 'gradsentry_paper', 'graceful', *MODEL_FREE)), small, short),
+        'table7': (lambda: experiment_grid('table2', attacks=('badnets',), seeds=SEEDS, defences=layer_defences(model)), small, ('freebaseqa',)),
+        'rivals': (replace(ten, attacks=('badnets',), seeds=SEEDS[:1], train_preset='small', defences=('cube', 'onion')), small, short),
     }
 
 
@@ -78,6 +81,7 @@ def main(argv=None):
     sets = {n: data(n, a.limit) for n in SETS}
     for part in a.parts or every:
         grid, which, names = every[part]
+        if callable(grid): grid = grid()
         names = [n for n in names if a.sets is None or n in a.sets]
         table = run_grid(grid, {m: loaded[m] for m in which}, {n: sets[n] for n in names}, a.work/part)
         print(part, len(table), 'cells,', int((table['status'] == 'failed').sum()), 'failed', flush=True)

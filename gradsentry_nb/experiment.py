@@ -7,7 +7,7 @@ __all__ = ['ARMS', 'WHOLE_SET', 'FOUR', 'TRIVIAL', 'BESIDE', 'LAYER_PARTS', 'EXP
            'chosen', 'Grid', 'grid_problems', 'Cell', 'plan_cells', 'RowStore', 'DataSet', 'draw_rows', 'make_mix',
            'flat', 'Runner', 'model_fingerprint', 'check_manifest', 'cell_row', 'collect', 'tidy', 'run_grid',
            'over_seeds', 'experiment_grid', 'layer_defences', 'toml_lines', 'config_problems', 'config_grid',
-           'read_config', 'load_config', 'random_twin', 'experiment_charts', 'experiment_html']
+           'ConfigError', 'read_config', 'load_config', 'random_twin', 'experiment_charts', 'experiment_html']
 
 # %% ../nbs/43_experiment.ipynb #e49b62ea
 import json, math, os, re, warnings
@@ -217,7 +217,7 @@ def flat(
         if not (math.isnan(r.low) and math.isnan(r.high)): out |= {f'{r.measure}_low': r.low, f'{r.measure}_high': r.high}
     return out
 
-# %% ../nbs/43_experiment.ipynb #6f724efb
+# %% ../nbs/43_experiment.ipynb #716e0343
 WHOLE_SET = 'answer_words', 'ngram', 'ngram_rows', 'p_value'   # columns of a scan that depend on the other rows
 
 class Runner:
@@ -241,8 +241,14 @@ class Runner:
         "The cell's detector."
         key, info = (cell.model, cell.defence), DETECTORS[cell.defence.name]
         extra = dict(tune=lambda model, tokenizer, samples: self.tuned(cell, samples).model) if info.needs == 'tuned' else {}
-        if key not in self.detectors or extra: self.detectors[key] = make_detector(cell.defence.name, *self.models[cell.model], **extra, **dict(cell.defence.settings))
+        if key not in self.detectors or extra: self.detectors[key] = make_detector(cell.defence.name, *self.models[cell.model], **extra, **{**self.crop(cell.defence), **dict(cell.defence.settings)})
         return self.detectors[key]
+
+    def crop(self, defence):
+        "The published score's crop for columns that do not depend on it, where both are in the grid: one scan serves them."
+        column = getattr(DETECTORS[defence.name].build, 'column', 'entropy')
+        spectrum, published = ('entropy', 'entropy_by_length', 'effective_rank'), DETECTORS['gradsentry_paper'].build
+        return {} if column in spectrum or all(d.name != 'gradsentry_paper' or d.settings for d in self.grid.defences) else dict(crop=published.crop)
 
 # %% ../nbs/43_experiment.ipynb #79b2ef34
 def _scan_key(d, model):
@@ -554,7 +560,7 @@ def config_problems(
             if isinstance(table, dict) and 'name' not in table: out.append(((kind, i), 'name is missing.'))
     return out
 
-# %% ../nbs/43_experiment.ipynb #0bac2a62
+# %% ../nbs/43_experiment.ipynb #b5d4c5a3
 def config_grid(
     config:dict,      # a parsed file without type problems
 )->Grid:
@@ -564,6 +570,10 @@ def config_grid(
     for kind in ('attack', 'defence'):
         if config.get(kind): e[f'{kind}s'] = [*e.get(f'{kind}s', base.get(f'{kind}s', ())), *config[kind]]
     return Grid(**{**base, **e})
+
+class ConfigError(SettingError):
+    "A config with problems; `lines` holds a sentence for each."
+    def __init__(self, lines): super().__init__('\n'.join(lines)); self.lines = lines
 
 def read_config(
     path,             # a TOML file
@@ -577,7 +587,7 @@ def read_config(
     problems, lines = config_problems(config), toml_lines(text)
     at = lambda place: next((lines[place[:i]] for i in range(len(place), 0, -1) if place[:i] in lines), 1)
     if not problems: problems = _value_problems(config)
-    if problems: raise SettingError('\n'.join([f'{visible(path.name)} has {len(problems)} problem{"s"*(len(problems) > 1)}:', *(f'line {n}: {s}' for n, s in sorted((at(p), s) for p, s in problems))]))
+    if problems: raise ConfigError([f'{visible(path.name)} has {len(problems)} problem{"s"*(len(problems) > 1)}:', *(f'line {n}: {s}' for n, s in sorted((at(p), s) for p, s in problems))])
     return config, config_grid(config)
 
 # %% ../nbs/43_experiment.ipynb #d580bbbc
