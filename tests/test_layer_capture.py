@@ -155,6 +155,17 @@ def _batches(model, layer, rows):
     for j, f in LayerCapture(model, layer, budget=150)([rows[i] for i in order]): assert (f.D-base[order[j]].D).norm() < 1e-9*base[order[j]].D.norm()
 
 
+@pytest.mark.parametrize('name', ['dynamic', 'longrope'])
+def test_frequencies_that_follow_the_length(name):
+    "A shorter row after a longer one, both beyond the original length: each as if it stood alone, and the model as before."
+    model, rng = made(name, torch.float32), np.random.default_rng(0)
+    rows = [row(rng.integers(3, V, n), (n-6, n)) for n in (60, 45, 38, 20)]
+    before, layer = {k: v.clone() for k, v in model.named_buffers()}, linear_layers(model)[0]
+    alone = [dense_gradient(model, r, layer) for r in rows]
+    for i, f in LayerCapture(model, layer)(rows): assert gradient_gap(f, alone[i]) < 1e-5
+    for k, v in model.named_buffers(): assert torch.equal(v, before[k]), k
+
+
 def test_a_common_prefix_is_in_every_row():
     "Prompt positions are rows of the factors: computing them once would lose them."
     model, rows = made('llama', torch.float32), rows_for('llama', 20)
@@ -572,6 +583,15 @@ def test_rows_that_cannot_be_scored_by_a_layer(demo):
     assert set(sentry.score(samples[:4], progress=False).frame['problem']) == {NO_GRADIENT}
     attention.register_forward_hook(lambda m, args, out: out*math.nan)
     with pytest.raises(ModelError, match='NaN or inf for every row'): sentry.score(samples[:4], progress=False)
+
+
+def test_a_gradient_that_overflows(demo):
+    "The forward pass is fine, the backward pass is not."
+    model, tokenizer, samples = demo
+    model = deepcopy(model)
+    def overflow(m, args, out): out.register_hook(lambda g: g*math.inf)
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(overflow)
+    with pytest.raises(ModelError, match='NaN or inf for every row'): Sentry(model, tokenizer, layer='layers.0.self_attn.v_proj').score(samples[:4], progress=False)
 
 
 def test_the_command_takes_a_layer(tmp_path, capsys):
