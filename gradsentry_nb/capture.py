@@ -416,7 +416,7 @@ def linear_layers(
 
 def _families(names): return ', '.join(dict.fromkeys(re.sub(r'(?<=\.)\d+(?=\.)', '*', n) for n in names))  # 'layers.*.mlp.up_proj' for all 32
 
-# %% ../nbs/10_capture.ipynb #ee2e28f4
+# %% ../nbs/10_capture.ipynb #08dacbbb
 def find_layer(
     model,         # a transformers model, possibly wrapped by peft
     name:str,      # as in `linear_layers`, or the end of a name, or a pattern: 'layers.3.mlp.down_proj', '*.3.*.down_proj'
@@ -432,7 +432,7 @@ def find_layer(
 
 def _why_no_layer(model, name, names):
     "A sentence for a name that fits no linear layer."
-    ends = lambda pairs: next((x for n, x in pairs if n and (n == name or n.endswith(f'.{name}') or fnmatchcase(n, f'*{name}'))), None)
+    ends = lambda pairs: next((x for n, x in pairs if n and name and (n == name or n.endswith(f'.{name}') or fnmatchcase(n, f'*{name}'))), None)
     module, tensor, known = ends(model.named_modules()), ends(model.named_parameters()), f'The linear layers are {_families(names)}.'
     packed = tensor if tensor is not None and tensor.dim() > 2 else next((p for p in getattr(module, '_parameters', {}).values() if p is not None and p.dim() > 2), None)
     if packed is not None: return f'{name!r} holds the weights of {len(packed)} experts in one tensor, and each sees other tokens; this cannot be captured. {known}'
@@ -443,7 +443,7 @@ def _why_no_layer(model, name, names):
     near = get_close_matches(name, names+[n.split('.', 1)[-1] for n in names], n=3, cutoff=.4)
     return f'There is no layer {name!r}. {known}' + (f' Did you mean {" or ".join(map(repr, near))}?' if near else '')
 
-# %% ../nbs/10_capture.ipynb #00209285
+# %% ../nbs/10_capture.ipynb #19a06c21
 def dense_gradient(
     model,                # a causal language model
     row:Encoded,          # one sample
@@ -456,7 +456,7 @@ def dense_gradient(
         nonlocal delta
         delta = torch.zeros(out.shape[-1], args[0].shape[-1], dtype=out.dtype, device=out.device, requires_grad=True)
         return out+F.linear(args[0], delta)
-    handle = (head if layer is None else find_layer(model, layer)[1]).register_forward_hook(hook)
+    handle = (head if layer is None else find_layer(model, layer)[1]).register_forward_hook(hook, prepend=True)
     try:
         with evaluating(model), torch.enable_grad(), ExitStack() as last:
             relax(model, head); last.callback(relax, model, head)
@@ -526,7 +526,7 @@ def flowing(
     finally:
         for h in handles: h.remove()
 
-# %% ../nbs/10_capture.ipynb #7d7f2cef
+# %% ../nbs/10_capture.ipynb #84ed529b
 def _power(r): return 2**(r.tokens.bit_length()-1)  # at most the number of supervised tokens
 
 def backward_to(
@@ -539,10 +539,10 @@ def backward_to(
     (name, module), y = layer, torch.cat([torch.from_numpy(r.ids[r.supervised].astype(np.int64)) for r in rows])
     ids = pad_right([r.ids[:n] for r, n in zip(rows, fed(model, rows))]).to(model.get_input_embeddings().weight.device)
     which, at = (torch.from_numpy(np.concatenate(x)) for x in zip(*[(np.full(r.tokens, i), np.flatnonzero(r.supervised)-1) for i, r in enumerate(rows)]))
-    with torch.inference_mode(False), torch.enable_grad(), frozen(model):
+    with torch.enable_grad(), frozen(model):
         with only_at(model, ids, which, at), leaf_at(module, name) as caught, flowing(model) if check else ExitStack():
             z = model(input_ids=ids, use_cache=False).logits[0]
-        if not caught: raise ModelError(f'{name!r} is not called when the model runs on text (an inactive adapter, or a part for images?); choose another layer.')
+        if not caught: raise ModelError(f'{name!r} is not called when the model runs on text (an inactive adapter, a part for images, a weight used by itself?); choose another layer.')
         D, loss = factor_rows(nn.Identity(), Tail(), z.detach(), y.to(z.device))
         D *= torch.cat([D.new_full((r.tokens, 1), _power(r)/r.tokens) for r in rows])
         g = torch.autograd.grad(z, caught[1], D.to(z.dtype), allow_unused=True)[0] if z.requires_grad else None
@@ -597,8 +597,9 @@ class LayerCapture:
         for r, l, (h, d) in zip(rows, loss.split(counts), parts):
             yield GradFactors(own(d)/_power(r), own(h), l, None if self.by_token else torch.from_numpy(np.flatnonzero(r.supervised)-1).to(h.device))
 
-# %% ../nbs/10_capture.ipynb #25536b90
-@torch.no_grad()        # in every step of the generator, as in `capture_factors`
+# %% ../nbs/10_capture.ipynb #a3e75d4a
+@torch.inference_mode(False)  # tensors of a caller's inference mode could not be differentiated
+@torch.no_grad()              # both in every step of the generator, as in `capture_factors`
 def layer_factors(
     self:LayerCapture,
     rows:list,          # `Encoded` rows; those without supervised tokens are passed over
