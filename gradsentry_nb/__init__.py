@@ -5,27 +5,53 @@
 # %% auto #0
 __all__ = ['load_ipython_extension', 'unload_ipython_extension', 'Sample', 'Scores', 'Cut', 'Verdict', 'Detector',
            'GradSentryError', 'DataError', 'ModelError', 'SettingError', 'load_samples', 'demo_path', 'demo_samples',
-           'demo_truth', 'demo_model', 'GradFactors', 'Capture', 'STATISTICS', 'spectral_entropy', 'THRESHOLDS',
-           'Sentry', 'Settings', 'PRESETS', 'ScanInterrupted', 'score_histogram', 'score_by_length', 'write_outputs',
-           'report_html']
+           'demo_truth', 'demo_model', 'QA_SETS', 'load_qa', 'qa_samples', 'gold_answers', 'GradFactors', 'Capture',
+           'linear_layers', 'STATISTICS', 'spectral_entropy', 'THRESHOLDS', 'Sentry', 'Settings', 'PRESETS',
+           'ScanInterrupted', 'score_histogram', 'score_by_length', 'grid_map', 'rate_lines', 'side_by_side',
+           'attack_and_cost', 'write_outputs', 'report_html', 'generate_answers', 'archaic', 'style_transfer',
+           'ATTACKS', 'PAYLOADS', 'Truth', 'poison', 'triggered', 'hard_suite', 'sections', 'with_section',
+           'onion_clean', 'cleangen', 'DETECTORS', 'make_detector', 'detector_table', 'score_all', 'filter_all',
+           'finetune', 'FineTuned', 'TRAIN_PRESETS', 'Evaluation', 'Behaviour', 'behaviour', 'Grid', 'DataSet',
+           'run_grid', 'collect', 'over_seeds', 'experiment_grid', 'EXPERIMENTS']
 
 # %% ../nbs/90_extension.ipynb #79f4fbe7
 from importlib import import_module
 
-# %% ../nbs/90_extension.ipynb #d6bfad76
+# %% ../nbs/90_extension.ipynb #5950f508
 __version__ = "0.1.0"
 
 _home = {
-    "Sample": "core", "Scores": "core", "Cut": "core", "Verdict": "core", "Detector": "core",
-    "GradSentryError": "core", "DataError": "core", "ModelError": "core", "SettingError": "core",
-    "load_samples": "data", "demo_path": "demo", "demo_samples": "demo", "demo_truth": "demo", "demo_model": "demo",
-    "GradFactors": "capture", "Capture": "capture", "STATISTICS": "spectrum", "spectral_entropy": "spectrum", "THRESHOLDS": "threshold",
+    "Sample": "core", "Scores": "core", "Cut": "core", "Verdict": "core", "Detector": "core", "GradSentryError": "core", "DataError": "core",
+    "ModelError": "core", "SettingError": "core",
+    "load_samples": "data",
+    "demo_path": "demo", "demo_samples": "demo", "demo_truth": "demo", "demo_model": "demo",
+    "QA_SETS": "qa", "load_qa": "qa", "qa_samples": "qa", "gold_answers": "qa",
+    "GradFactors": "capture", "Capture": "capture", "linear_layers": "capture",
+    "STATISTICS": "spectrum", "spectral_entropy": "spectrum",
+    "THRESHOLDS": "threshold",
     "Sentry": "sentry", "Settings": "sentry", "PRESETS": "sentry", "ScanInterrupted": "sentry",
-    "score_histogram": "charts", "score_by_length": "charts", "write_outputs": "report", "report_html": "report",
+    "score_histogram": "charts", "score_by_length": "charts", "grid_map": "charts", "rate_lines": "charts", "side_by_side": "charts",
+    "attack_and_cost": "charts",
+    "write_outputs": "report", "report_html": "report",
+    "generate_answers": "generate",
+    "archaic": "attacks.style", "style_transfer": "attacks.style",
+    "ATTACKS": "attacks.triggers", "PAYLOADS": "attacks.triggers", "Truth": "attacks.triggers", "poison": "attacks.triggers",
+    "triggered": "attacks.triggers", "hard_suite": "attacks.triggers", "sections": "attacks.triggers", "with_section": "attacks.triggers",
+    "onion_clean": "baselines.model",
+    "cleangen": "baselines.decoding",
+    "DETECTORS": "detectors", "make_detector": "detectors", "detector_table": "detectors", "score_all": "detectors", "filter_all": "detectors",
+    "finetune": "train", "FineTuned": "train", "TRAIN_PRESETS": "train",
+    "Evaluation": "evaluate", "Behaviour": "evaluate", "behaviour": "evaluate",
+    "Grid": "experiment", "DataSet": "experiment", "run_grid": "experiment", "collect": "experiment", "over_seeds": "experiment",
+    "experiment_grid": "experiment", "EXPERIMENTS": "experiment",
 }
 _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "DataError", "ModelError", "SettingError", "load_samples", "demo_path",
-         "demo_samples", "demo_truth", "demo_model", "GradFactors", "Capture", "STATISTICS", "spectral_entropy", "THRESHOLDS", "Sentry", "Settings", "PRESETS",
-         "ScanInterrupted", "score_histogram", "score_by_length", "write_outputs", "report_html"]
+         "demo_samples", "demo_truth", "demo_model", "QA_SETS", "load_qa", "qa_samples", "gold_answers", "GradFactors", "Capture", "linear_layers",
+         "STATISTICS", "spectral_entropy", "THRESHOLDS", "Sentry", "Settings", "PRESETS", "ScanInterrupted", "score_histogram", "score_by_length",
+         "grid_map", "rate_lines", "side_by_side", "attack_and_cost", "write_outputs", "report_html", "generate_answers", "archaic",
+         "style_transfer", "ATTACKS", "PAYLOADS", "Truth", "poison", "triggered", "hard_suite", "sections", "with_section", "onion_clean",
+         "cleangen", "DETECTORS", "make_detector", "detector_table", "score_all", "filter_all", "finetune", "FineTuned", "TRAIN_PRESETS",
+         "Evaluation", "Behaviour", "behaviour", "Grid", "DataSet", "run_grid", "collect", "over_seeds", "experiment_grid", "EXPERIMENTS"]
 
 # %% ../nbs/90_extension.ipynb #9a431495
 def __getattr__(name):

@@ -139,7 +139,7 @@ def thin_out(
     some = rng.permutation(yes)[:max(most//2, most-len(no))]
     return np.sort(np.r_[some, rng.permutation(no)[:most-len(some)]])
 
-# %% ../nbs/14_charts.ipynb #8ca6aa7e
+# %% ../nbs/14_charts.ipynb #e24cb300
 def _bound(lo, hi):
     "ln(min(T,16))/ln 16 for answer lengths `lo` to `hi`."
     T = np.unique(np.geomspace(max(lo, 1), max(hi, lo, 1), 60).round(2))
@@ -151,6 +151,7 @@ def score_by_length(
     cut:Cut,                      # the line between keep and drop
     statistic:str='score',        # what the score is; for 'entropy' the highest possible value is drawn
     most:int=5000,                # most points to draw
+    bound:bool=True,              # is the entropy of the head, which answer length bounds? False for other layers
 ):                                # an `alt.LayerChart`
     "Score against answer length: do the dropped rows stand out, or are they merely long?"
     f = _finite(frame)[lambda d: d['tokens'] > 0]
@@ -162,13 +163,14 @@ def score_by_length(
               axis=alt.Axis(grid=False, format='~s', values=[1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]))
     Y = alt.Y('score:Q', title=TITLES.get(statistic, statistic), scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
     points = alt.Chart(data.round(4)).mark_circle(size=16, opacity=.5, clip=True).encode(X, Y, _sides())
-    layers = [points] + [_bound(data['T'].min(), data['T'].max())]*(statistic == 'entropy')
+    bound = bound and statistic == 'entropy'
+    layers = [points] + [_bound(data['T'].min(), data['T'].max())]*bound
     line = alt.Chart(pd.DataFrame(dict(y=[cut.value]))).mark_rule(color=NOTE, strokeDash=[6, 3], strokeWidth=2).encode(y='y:Q')
     if cut.separated: layers.append(line)
     among = _plural(int(flagged[pick].sum()), 'dropped row')
     return themed(alt.layer(*layers), 'Score against answer length',
                   f'{len(pick):,} of {len(f):,} rows drawn, {among} among them' if len(pick) < len(f) else '',
-                  'Dashed grey: the most that an answer of this length can have' if statistic == 'entropy' else '')
+                  'Dashed grey: the most that an answer of this length can have' if bound else '')
 
 # %% ../nbs/14_charts.ipynb #295075d4
 MEASURES = dict(auroc='AUROC', recall='recall', precision='precision', f1='F1', accuracy='accuracy', fpr='false-positive rate', tpr_at_1fpr='recall at 1 % false positives',

@@ -163,10 +163,10 @@ def _rows_html(verdict, samples, phrases, top):
 
 def _section(title, body, cls=''): return f'<section class="{cls}"><h2>{title}</h2>{body}</section>' if body else ''
 
-# %% ../nbs/16_report.ipynb #d48e0f15
+# %% ../nbs/16_report.ipynb #867eb7a5
 def _charts_html(verdict):
     f, cut, stat = verdict.scores.frame, verdict.cut, verdict.scores.info.get('statistic', 'score')
-    made = [score_histogram(f, cut, stat)] + ([score_by_length(f, cut, stat, most=1500)] if 'tokens' in f else [])
+    made = [score_histogram(f, cut, stat)] + ([score_by_length(f, cut, stat, 1500, not verdict.scores.info.get('layer'))] if 'tokens' in f else [])
     svgs = [re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>c{i}-', chart_svg(c)) for i, c in enumerate(made)]
     return f'<section class="charts">{"".join(f"<figure>{s}</figure>" for s in svgs)}</section>'
 
