@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from benchmarks.speed import MODEL, SHARED
 from gradsentry_nb.data import Samples
@@ -37,7 +36,6 @@ def data(name, limit=None):
 
 def models():
     "The small LM, and the same shape at random weights."
-    torch.manual_seed(0)
     model, tokenizer = load_model(str(MODEL), 'cpu')
     return {'qa-lm-9m': (model, tokenizer), 'random weights': (random_twin(model), tokenizer)}
 

@@ -332,12 +332,13 @@ def _run(self,
 
 Runner.run = _run
 
-# %% ../nbs/43_experiment.ipynb #bbae1f17
+# %% ../nbs/43_experiment.ipynb #4adacca5
 def model_fingerprint(
     model,            # any torch module
 )->str:               # 12 hexadecimal digits
-    "A short name for the weights of a model."
-    return content_hash([(n, list(p.shape), float(p.detach().double().sum())) for n, p in model.state_dict().items() if p.is_floating_point()])
+    "A short name for the weights of a model, from up to 64 entries of each."
+    some = lambda p: p.detach().reshape(-1)[::max(1, p.numel()//64)].float().cpu().numpy().tobytes().hex()
+    return content_hash([(n, list(p.shape), some(p)) for n, p in model.state_dict().items() if p.is_floating_point()])
 
 def _write(path, data):
     "Write JSON whole or not at all."
@@ -615,7 +616,7 @@ def _sets():
     from gradsentry_nb.qa import QA_SETS
     return QA_SETS
 
-# %% ../nbs/43_experiment.ipynb #77d9dcb8
+# %% ../nbs/43_experiment.ipynb #91b6d83c
 def load_config(
     config:dict,      # of `read_config`
     home='.',         # relative paths are looked up here: the folder of the config file
@@ -626,17 +627,15 @@ def load_config(
     models = {n: _model(load_model(near(m['path']), **{k: v for k, v in m.items() if k not in ('path', 'random')}), m.get('random')) for n, m in config['models'].items()}
     return models, {n: _dataset({**d, **{k: near(d[k]) for k in ('source', 'test') if k in d}}) for n, d in config['datasets'].items()}
 
-def _model(loaded, random):
-    "The model, or one of the same shape at random weights."
-    if not random: return loaded
-    import torch
-    with torch.random.fork_rng(): torch.manual_seed(0); return random_twin(loaded[0]), loaded[1]
+def _model(loaded, random): return (random_twin(loaded[0]), loaded[1]) if random else loaded
 
 def random_twin(
     model,            # a transformers model
+    seed:int=0,       # of its weights
 ):                    # in evaluation mode, the same dtype and device
     "A model of the same shape that has learnt nothing: what a score owes to training shows against it."
-    return type(model)(model.config).to(model.dtype).to(model.device).eval()
+    import torch
+    with torch.random.fork_rng(): torch.manual_seed(seed); return type(model)(model.config).to(model.dtype).to(model.device).eval()
 
 def _dataset(d):
     from gradsentry_nb.data import load_samples

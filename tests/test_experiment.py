@@ -17,7 +17,7 @@ from gradsentry_nb import experiment as ex
 from gradsentry_nb.core import DataError, SettingError
 from gradsentry_nb.data import Samples
 from gradsentry_nb.demo import demo_model, demo_samples
-from gradsentry_nb.experiment import Cell, DataSet, Defence, Grid, RowStore, collect, over_seeds, plan_cells, read_config, run_grid
+from gradsentry_nb.experiment import Cell, Choice, DataSet, Defence, Grid, RowStore, collect, over_seeds, plan_cells, read_config, run_grid
 
 TEXT = 'answer_length', 'answer_ngrams'
 
@@ -43,12 +43,12 @@ def test_every_combination_once():
 
 def test_a_set_without_attack_stands_once_for_all_rates():
     cells = plan_cells(Grid(attacks=('none', 'badnets'), rates=(.1, .2), payloads=('append', 'swapped'), defences=TEXT), ['m'], ['a'])
-    assert sum(c.attack == 'none' for c in cells) == 2 and sum(c.attack == 'badnets' for c in cells) == 8
+    assert sum(c.attack.label == 'none' for c in cells) == 2 and sum(c.attack.label == 'badnets' for c in cells) == 8
 
 
 def test_key_depends_on_everything():
-    c = Cell('m', 'd', None, 'badnets', 'append', .1, 0, Defence('answer_length'))
-    others = [replace(c, model='x'), replace(c, dataset='x'), replace(c, size=5), replace(c, attack='cba'), replace(c, payload='swapped'), replace(c, rate=.2), replace(c, seed=1),
+    c = Cell('m', 'd', None, Choice('badnets'), 'append', .1, 0, Defence('answer_length'))
+    others = [replace(c, model='x'), replace(c, dataset='x'), replace(c, size=5), replace(c, attack=Choice('cba')), replace(c, attack=Choice('badnets', settings=(('trigger', 'x'),))), replace(c, payload='swapped'), replace(c, rate=.2), replace(c, seed=1),
               replace(c, defence=Defence('answer_length', 'x')), replace(c, defence=Defence('answer_length', settings=(('threshold', 3),))), replace(c, train='lora'), replace(c, extra=(1,))]
     assert len({x.key for x in [c, *others]}) == len(others)+1
 
@@ -70,6 +70,7 @@ def test_all_problems_of_a_grid_at_once():
 # ---- running, resuming
 
 def counted(monkeypatch, fail=lambda cell: False):
+    "Cells in the order in which they are run."
     seen, real = [], ex.Runner.run
     def run(self, cell):
         seen.append(cell.key)
@@ -93,12 +94,12 @@ def test_killed_and_started_again(tmp_path, monkeypatch, model, clean):
 
 def test_a_killed_process_loses_nothing(tmp_path):
     code = textwrap.dedent(f'''
-        from gradsentry_nb.demo import demo_samples
-        from gradsentry_nb.experiment import Grid, run_grid
         import time
+        from gradsentry_nb.demo import demo_model, demo_samples
+        from gradsentry_nb.experiment import Grid, run_grid
         grid = Grid(rates=(.1, .2, .3, .4, .5), defences=('answer_length', 'answer_ngrams'), seeds=(1, 2, 3))
         slow = lambda done, total, row: time.sleep(.05)
-        run_grid(grid, {{}} or {{'none': (__import__('torch').nn.Linear(1, 1), None)}}, {{'demo': demo_samples(120, rate=0, seed=7)[0]}}, {str(tmp_path)!r}, progress=slow)
+        run_grid(grid, {{'demo': demo_model()}}, {{'demo': demo_samples(120, rate=0, seed=7)[0]}}, {str(tmp_path)!r}, progress=slow)
         ''')
     start = lambda: subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)})
     p, cells = start(), tmp_path/'cells'
@@ -159,7 +160,7 @@ def test_row_store_equals_scoring_afresh(tmp_path, model, clean):
     table = run(grid, model, clean, tmp_path)
     assert (table['status'] == 'done').all(), table['reason'].tolist()
     for r in table.itertuples():
-        mix, truth = ex.make_mix(clean, Cell('demo', 'demo', None, r.attack, r.payload, r.rate, r.seed, Defence(r.defence)))
+        mix, truth = ex.make_mix(clean, Cell('demo', 'demo', None, Choice(r.attack), r.payload, r.rate, r.seed, Defence(r.defence)))
         e = evaluate(make_detector(r.defence, *model).filter(mix, progress=False), truth)
         assert (e.recall, e.precision) == (r.recall, r.precision) and e.auroc == pytest.approx(r.auroc, abs=2e-3)
 
@@ -241,8 +242,8 @@ path = "model"
 source = "rows.jsonl"
 [[defence]]
 name = "gradsentry"
-label = "by length"
-statistic = "entropy_by_length"
+label = "longer window"
+window = 24
 '''
 
 
@@ -253,8 +254,8 @@ def config(tmp_path, text):
 
 def test_config(tmp_path):
     _, grid = config(tmp_path, GOOD)
-    assert grid.seeds == (1, 2) and grid.attacks == ('badnets',) and grid.rates == (.1,)
-    assert grid.defences[-1] == Defence('gradsentry', 'by length', (('statistic', 'entropy_by_length'),)) and len(grid.defences) > 3
+    assert grid.seeds == (1, 2) and grid.attacks == (Choice('badnets'),) and grid.rates == (.1,)
+    assert grid.defences[-1] == Defence('gradsentry', 'longer window', (('window', 24),)) and len(grid.defences) > 3
 
 
 @pytest.mark.parametrize('old,new,line,says', [
@@ -329,7 +330,7 @@ def test_charts_of_every_preset_draw():
     from gradsentry_nb.charts import chart_svg
     rng = np.random.default_rng(0)
     for name in ex.EXPERIMENTS:
-        rows = [ex.cell_row(c, 'done', dict(planted=0 if c.attack == 'none' else 9, auroc=np.nan if c.attack == 'none' else rng.random(), f1=rng.random(), recall=.5, fpr=.1,
+        rows = [ex.cell_row(c, 'done', dict(planted=0 if c.attack.name == 'none' else 9, auroc=np.nan if c.attack.name == 'none' else rng.random(), f1=rng.random(), recall=.5, fpr=.1,
                                             **(dict(asr=.1, cacc=.6, asr_low=0., asr_high=.2) if c.train else {}))) for c in plan_cells(ex.experiment_grid(name, seeds=(1, 2)), ['m'], ['a', 'b'])]
         table = ex.tidy(rows)
         charts = ex.experiment_charts(table)
