@@ -23,7 +23,7 @@ from gradsentry_nb.core import DataError, Detector, GradSentryError, ModelError,
 from gradsentry_nb.data import Samples, encode_samples, load_samples
 from gradsentry_nb.demo import demo_model, demo_path
 from gradsentry_nb.detectors import available, detector_table, filter_all, make_detector, score_all
-from gradsentry_nb.evaluate import auroc, truth_vector
+from gradsentry_nb.evaluate import auroc
 from gradsentry_nb.report import report_html
 from gradsentry_nb.sentry import Sentry, fingerprint
 from gradsentry_nb.spectrum import dct, dct_corner
