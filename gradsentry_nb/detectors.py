@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['detector_table', 'make_detector', 'available', 'scores_by_name', 'score_all', 'filter_all']
 
-# %% ../nbs/34_detectors.ipynb #ad49413b
+# %% ../nbs/34_detectors.ipynb #9231e7b6
 import pandas as pd
 
-from .baselines.geometry import Cube, GraCeFul
+from .baselines.geometry import Cube
 from .baselines.model import GradSentryPaper, SentryColumn
 from .baselines.text import DETECTORS, as_samples
 from .core import SettingError, choose
@@ -31,7 +31,7 @@ def make_detector(
     given = {k: v for k, v in dict(model=model, tokenizer=tokenizer).items() if k in d.takes and v is not None}
     return d.build(**given, **settings)
 
-# %% ../nbs/34_detectors.ipynb #a8c78b9d
+# %% ../nbs/34_detectors.ipynb #4c991332
 def available(
     model=None,       # what is at hand
     tokenizer=None,
@@ -50,7 +50,7 @@ def scores_by_name(
 )->dict:              # name -> (detector, its Scores)
     "What every detector says of every row, with one scan for all that need one."
     samples, out, scan = as_samples(samples), {}, None
-    made = {n: make_detector(n, model, tokenizer, **dict(tune=tune) if 'tune' in DETECTORS[n].takes and tune else {})
+    made = {n: make_detector(n, model, tokenizer, **dict(tune=tune) if DETECTORS[n].build is Cube and tune else {})
             for n in (available(model, tokenizer, tune) if names is None else [choose('detector', n, DETECTORS) for n in names])}
     for n, d in made.items():
         if isinstance(d, SentryColumn) and scan is None: scan = GradSentryPaper(model, tokenizer).sentry.score(samples, progress)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Reader', 'cleangen_tokens', 'cleangen']
 
-# %% ../../nbs/33_baselines.decoding.ipynb #14ab9672
+# %% ../../nbs/33_baselines.decoding.ipynb #e2cb8a26
 import math
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ import numpy as np, torch
 
 from .text import as_samples, watched
 from ..capture import evaluating, head_of, stretching
-from ..core import Encoded, ModelError, SettingError
+from ..core import ModelError, SettingError
 from ..data import encode_samples
 
 # %% ../../nbs/33_baselines.decoding.ipynb #1ee1926b

@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'NO_WORDS', 'column_scores', 'need_model', 'SentryColumn',
            'Perplexity', 'GradNorm', 'WindowLoss', 'asked', 'word_spans', 'without', 'perplexities', 'word_drops',
            'Onion', 'onion_clean']
 
-# %% ../../nbs/31_baselines.model.ipynb #cbc28bc9
+# %% ../../nbs/31_baselines.model.ipynb #0bbaaa1a
 import math, re
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +15,7 @@ import numpy as np, torch
 
 from .text import Baseline, as_samples, detector, watched
 from ..capture import Capture, evaluating, pad_right
-from ..core import Scores, SettingError, choose
+from ..core import Sample, Scores, SettingError, choose, visible
 from ..data import Samples, encode_samples
 from ..sentry import NOT_FINITE, Sentry
 from ..spectrum import STATISTICS, WINDOW
@@ -139,7 +139,7 @@ def without(
         text = text[:a]+text[b:]
     return text
 
-# %% ../../nbs/31_baselines.model.ipynb #68812701
+# %% ../../nbs/31_baselines.model.ipynb #9b895b41
 @torch.no_grad()
 def perplexities(
     texts,             # texts
@@ -162,7 +162,6 @@ def perplexities(
 
 def _started(texts, tokenizer, limit):
     "Token ids of texts, each with a start token."
-    from gradsentry_nb.core import Sample
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     rows = [e.ids for e in encode_samples([Sample('', t, '') for t in texts], tokenizer, limit)]
     return [r if start is None or len(r) and r[0] == start else np.r_[start, r].astype(np.int32) for r in rows]
@@ -186,7 +185,7 @@ def word_drops(
         for t, w, (_, mine) in zip(texts, spans, parts):
             p0 = next(p); yield t, w, p0, p0-np.array([next(p) for _ in mine])
 
-# %% ../../nbs/31_baselines.model.ipynb #5b78a3a0
+# %% ../../nbs/31_baselines.model.ipynb #6d0e6eb2
 NO_WORDS = 'The prompt has fewer than two words, so none can be left out.'
 
 @detector('onion', needs='model', about='largest fall in perplexity when one word of the prompt is left out', paper='ONION, arXiv 2011.10369',
@@ -206,7 +205,7 @@ class Onion(Baseline):
         for text, spans, p0, f in word_drops(samples, self.model, self.tokenizer, self.max_tokens, self.budget, progress):
             ok, worst = len(f) > 1, int(np.nan_to_num(f, nan=-np.inf).argmax()) if len(f) else 0
             problem = NO_WORDS if not ok else None if np.isfinite(f[worst]) else NOT_FINITE
-            out.append(dict(score=f[worst] if ok else np.nan, word=text[slice(*spans[worst])] if ok else '', perplexity=p0, problem=problem))
+            out.append(dict(score=f[worst] if ok else np.nan, word=visible(text[slice(*spans[worst])], 80) if ok else '', perplexity=p0, problem=problem))
         return {k: [r[k] for r in out] for k in out[0]}
 
 # %% ../../nbs/31_baselines.model.ipynb #53b7be99
