@@ -31,7 +31,7 @@ def make_detector(
     given = {k: v for k, v in dict(model=model, tokenizer=tokenizer).items() if k in d.takes and v is not None}
     return d.build(**given, **settings)
 
-# %% ../nbs/34_detectors.ipynb #4c991332
+# %% ../nbs/34_detectors.ipynb #0d985b91
 def available(
     model=None,       # what is at hand
     tokenizer=None,
@@ -49,12 +49,15 @@ def scores_by_name(
     progress=False,   # True for a bar per detector, False for silence, or a callable (done, total)
 )->dict:              # name -> (detector, its Scores)
     "What every detector says of every row, with one scan for all that need one."
-    samples, out, scan = as_samples(samples), {}, None
-    made = {n: make_detector(n, model, tokenizer, **dict(tune=tune) if DETECTORS[n].build is Cube and tune else {})
+    samples, out, scans = as_samples(samples), {}, {}
+    made = {n: make_detector(n, model, tokenizer, **dict(tune=tune) if 'tune' in DETECTORS[n].takes and tune else {})
             for n in (available(model, tokenizer, tune) if names is None else [choose('detector', n, DETECTORS) for n in names])}
+    crops = [d.crop for d in made.values() if isinstance(d, SentryColumn)]
     for n, d in made.items():
-        if isinstance(d, SentryColumn) and scan is None: scan = GradSentryPaper(model, tokenizer).sentry.score(samples, progress)
-        out[n] = d, d.of(scan) if isinstance(d, SentryColumn) else d.score(samples, progress)
+        if not isinstance(d, SentryColumn): out[n] = d, d.score(samples, progress); continue
+        crop = d.crop if d.column in ('entropy', 'entropy_by_length', 'effective_rank') else max(crops)   # the others do not depend on it
+        if crop not in scans: scans[crop] = GradSentryPaper(model, tokenizer, crop=crop).sentry.score(samples, progress)
+        out[n] = d, d.of(scans[crop])
     return out
 
 # %% ../nbs/34_detectors.ipynb #e48496eb
