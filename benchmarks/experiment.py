@@ -15,7 +15,7 @@ import pandas as pd
 
 from benchmarks.speed import MODEL, SHARED
 from gradsentry_nb.data import Samples
-from gradsentry_nb.experiment import collect, experiment_grid, layer_defences, random_twin, run_grid
+from gradsentry_nb.experiment import collect, experiment_grid, random_twin, run_grid
 from gradsentry_nb.qa import load_qa
 from gradsentry_nb.sentry import load_model
 
@@ -40,25 +40,27 @@ def models():
     return {'qa-lm-9m': (model, tokenizer), 'random weights': (random_twin(model), tokenizer)}
 
 
-def parts(model):
+def parts():
     "Name of a part -> (grid, which models, which sets)."
     small, random, short, long = ('qa-lm-9m',), ('random weights',), ('webqa', 'freebaseqa'), ('coqa', 'nq')
-    ten = experiment_grid('table2', seeds=SEEDS, defences=(*OURS, 'graceful', *MODEL_FREE))
-    rates = experiment_grid('figure4', seeds=SEEDS, defences=('gradsentry', 'gradsentry_paper', 'window_loss', *MODEL_FREE))
+    ten = experiment_grid('table2', seeds=SEEDS, defences=(*OURS, *MODEL_FREE))
+    rates = experiment_grid('figure4', attacks=('badnets', 'cba'), seeds=SEEDS, defences=('gradsentry', 'gradsentry_paper', 'window_loss', *MODEL_FREE))
     hard = experiment_grid('hard', seeds=SEEDS, defences=(*OURS, *MODEL_FREE))
     return {
         'table2': (ten, small, SETS),
         'table8': (experiment_grid('table8', seeds=(0,)), small+random, SETS),
         'hard': (hard, small, short),
         'figure4': (rates, small, short),
-        'table2-random': (replace(ten, seeds=SEEDS[:1], defences=(*OURS, 'graceful')), random, SETS),
+        'table2-random': (replace(ten, seeds=SEEDS[:1], defences=OURS), random, SETS),
         'hard-long': (replace(hard, seeds=SEEDS[:1]), small, long),
-        'figure4-long': (replace(rates, seeds=SEEDS[:1]), small, long),
+        'figure4-long': (replace(rates, attacks=('badnets',), seeds=SEEDS[:1]), small, long),
+        'graceful': (replace(ten, seeds=SEEDS[:1], defences=('graceful',)), small, short),
+        'graceful-long': (replace(ten, seeds=SEEDS[:1], defences=('graceful',)), small, long),
         'dilution': (experiment_grid('dilution', seeds=SEEDS), small, short),
-        'figure4-graceful': (replace(rates, attacks=('badnets',), seeds=SEEDS[:1], defences=('graceful',)), small, short),
+        'figure4-graceful': (replace(rates, attacks=('badnets',), rates=(.01, .1, .5, .9), seeds=SEEDS[:1], defences=('graceful',)), small, short),
         'figure5': (experiment_grid('figure5', attacks=('badnets',), seeds=SEEDS, sizes=(20, 50, 100, 200, 500, 1000, 2000),
                                     defences=('gradsentry', 'gradsentry_paper', 'graceful', *MODEL_FREE)), small, short),
-        'table7': (experiment_grid('table2', attacks=('badnets',), seeds=SEEDS, defences=layer_defences(model)), small, ('freebaseqa',)),
+        'table7': (experiment_grid('table7', seeds=SEEDS, defences=('gradsentry_paper',)), small, ('freebaseqa',)),
         'rivals': (replace(ten, attacks=('badnets',), seeds=SEEDS[:1], train_preset='small', defences=('cube', 'onion')), small, short),
     }
 
@@ -74,7 +76,7 @@ def main(argv=None):
     if not MODEL.exists(): sys.exit('This study needs the data and the model beside the project (../shared); they are not here.')
     if a.limit and a.store: sys.exit('A table of part of the rows is not stored: leave out --limit or --store.')
     loaded = models()
-    every = parts(loaded['qa-lm-9m'][0])
+    every = parts()
     if unknown := set(a.parts)-set(every): sys.exit(f'There is no part {min(unknown)!r}; choose from {", ".join(every)}.')
     sets = {n: data(n, a.limit) for n in SETS}
     for part in a.parts or every:

@@ -199,7 +199,7 @@ def write_attack(
     said.write_text(truth.to_json(), encoding='utf8')
     return rows, said
 
-# %% ../nbs/52_cli.ipynb #5f87b09b
+# %% ../nbs/52_cli.ipynb #2ffaca06
 def _experiment_arguments(p):
     "Options of `experiment`."
     p.add_argument('config', type=Path, metavar='CONFIG.toml', help='models, data sets and what to vary')
@@ -215,7 +215,7 @@ def _experiment(a):
     out = a.out or Path(config.get('experiment', {}).get('out') or Path('gradsentry-runs')/a.config.stem)
     cells = plan_cells(grid, config['models'], config['datasets'])
     done = sum((out/'cells'/f'{c.key}.json').exists() for c in cells)
-    print(f'{visible(a.config.name)}: {len(cells):,} cells, {done:,} of them done before in {visible(out)}.')
+    print(f'{visible(a.config.name)}: {len(cells):,} cells, {done:,} of them done before in {visible(out)}.' + ' The layers of each model come on top.'*bool(grid.layers))
     if a.dry_run: return
     if not a.charts:
         _quiet_loading()

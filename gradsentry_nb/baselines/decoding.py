@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['Reader', 'cleangen_tokens', 'cleangen']
 
-# %% ../../nbs/33_baselines.decoding.ipynb #e2cb8a26
+# %% ../../nbs/33_baselines.decoding.ipynb #896ea3af
 import math
-from dataclasses import replace
 
-import numpy as np, torch
+import torch
 
 from .text import as_samples, watched
 from ..capture import evaluating, head_of, stretching
 from ..core import ModelError, SettingError
-from ..data import encode_samples
+from ..generate import encode_prompts, positions, stop_tokens
 
 # %% ../../nbs/33_baselines.decoding.ipynb #1ee1926b
 class Reader:
@@ -68,27 +67,14 @@ def cleangen_tokens(
         if ids[-1] in stop: return ids[start:-1]
     return ids[start:]
 
-# %% ../../nbs/33_baselines.decoding.ipynb #becdbc51
-def _prompts(samples, tokenizer, limit):
-    "Token ids of what stands before each answer."
-    start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    turns = lambda m: (*(m[:-1] if m[-1]['role'] == 'assistant' else m), dict(role='assistant', content='a'))
-    bare = [replace(s, response='') if s.messages is None else replace(s, messages=turns(s.messages)) for s in samples]
-    for e in encode_samples(bare, tokenizer, limit):
-        ids = e.ids[:np.flatnonzero(~e.supervised[:e.last])[-1]+1] if e.tokens else e.ids
-        yield ids.tolist() or [start]
-
-def _stops(model, tokenizer):
-    named = getattr(getattr(model, 'generation_config', None), 'eos_token_id', None)
-    return {t for t in [tokenizer.eos_token_id, *(named if isinstance(named, (list, tuple)) else [named])] if t is not None}
-
+# %% ../../nbs/33_baselines.decoding.ipynb #a5fdedef
 def _room(model, most):
     "How many tokens of a prompt leave room for the answer."
-    size = getattr(getattr(model.config, 'get_text_config', lambda: model.config)(), 'max_position_embeddings', None) or 2**20
+    size = positions(model) or 2**20
     if size <= most: raise SettingError(f'max_new_tokens={most} leaves no room for a prompt: the model has {size} positions.')
     return size-most
 
-# %% ../../nbs/33_baselines.decoding.ipynb #3b339419
+# %% ../../nbs/33_baselines.decoding.ipynb #1f38d4ba
 def cleangen(
     target_model,             # a causal language model after fine-tuning; left exactly as it was found
     reference_model,          # the model to trust, usually the one before fine-tuning; of the same vocabulary
@@ -106,8 +92,8 @@ def cleangen(
     limit = min(_room(m, max_new_tokens) for m in (target_model, reference_model))
 
     def generate(samples, progress=False):
-        samples, stop = as_samples(samples), _stops(target_model, tokenizer)
-        prompts, out = list(_prompts(samples, tokenizer, limit)), []
+        samples, stop = as_samples(samples), stop_tokens(target_model, tokenizer)
+        prompts, out = [x.tolist() for x in encode_prompts(samples, tokenizer, limit)], []
         with evaluating(target_model), evaluating(reference_model):
             for ids in watched(prompts, progress):
                 answer = cleangen_tokens(ids, Reader(target_model), Reader(reference_model), stop, k, alpha, max_new_tokens)
