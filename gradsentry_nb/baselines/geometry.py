@@ -62,7 +62,7 @@ def _undecided(self, n, why):
 
 Clustering.places, Clustering.undecided = _places, _undecided
 
-# %% ../../nbs/32_baselines.geometry.ipynb #cf53b58f
+# %% ../../nbs/32_baselines.geometry.ipynb #5beff80b
 def thin(
     D:Tensor,      # [T, v]
     H:Tensor,      # [T, h]
@@ -81,34 +81,36 @@ def _grouped(sizes, most):
 def _by_token(factors, block, device):
     "Inner products as traces of products of token rows: for wide gradients and few tokens."
     sizes, K = [len(D) for D, _ in factors], np.zeros((len(factors), len(factors)))
-    stack = lambda s, j: torch.cat([f[j] for f in factors[s]]).to(device)
+    stack = lambda s, j: torch.cat([f[j] for f in factors[s]]).to(device, torch.float64)
     starts = lambda s: np.r_[0, np.cumsum(sizes[s])[:-1]]
     groups = list(_grouped(sizes, block))
     for n, a in enumerate(groups):
         Da, Ha = stack(a, 0), stack(a, 1)
         for b in groups[:n+1]:
-            pairs = ((Da@stack(b, 0).T).double()*(Ha@stack(b, 1).T).double()).cpu().numpy()
+            pairs = ((Da@stack(b, 0).T)*(Ha@stack(b, 1).T)).cpu().numpy()
             K[a, b] = np.add.reduceat(np.add.reduceat(pairs, starts(a), 0), starts(b), 1)
             K[b, a] = K[a, b].T
     return K
 
+# %% ../../nbs/32_baselines.geometry.ipynb #09ab3db7
 def _by_corner(factors, block, device):
     "The same from the corners themselves, a few at a time: for narrow gradients and many tokens."
     N, size = len(factors), factors[0][0].shape[1]*factors[0][1].shape[1]
     step, K = max(1, 32*block*1024//size), np.zeros((N, N))
-    made = lambda i: torch.stack([(D.to(device).T@H.to(device)).flatten() for D, H in factors[i:i+step]])
+    made = lambda i: torch.stack([(D.to(device, torch.float64).T@H.to(device, torch.float64)).flatten() for D, H in factors[i:i+step]])
     for a in range(0, N, step):
         A = made(a)
         for b in range(0, a+1, step):
-            K[a:a+step, b:b+step] = (A@(A if a == b else made(b)).T).double().cpu().numpy()
+            K[a:a+step, b:b+step] = (A@(A if a == b else made(b)).T).cpu().numpy()
             K[b:b+step, a:a+step] = K[a:a+step, b:b+step].T
     return K
 
+# %% ../../nbs/32_baselines.geometry.ipynb #c1f475e7
 def gradient_gram(
     factors:list,       # (D, H) of each sample, with equal widths
     block:int=2048,     # token rows multiplied at once
     device='cpu',       # where to multiply
-)->np.ndarray:          # [N, N] float64, of products in the precision of the factors
+)->np.ndarray:          # [N, N] float64
     "Inner products of all pairs of gradients `D.T @ H`, from their factors, in the cheaper of two ways."
     v, h = factors[0][0].shape[1], factors[0][1].shape[1]
     tokens = np.mean([len(D) for D, _ in factors])
