@@ -1,7 +1,10 @@
 "The benchmarks' code paths, small: that they run and measure what they say; no time is asserted."
+import gzip
+import json
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
 
@@ -36,3 +39,52 @@ def test_one_fresh_set():
     from gradsentry_nb.demo import demo_model
     r = demo_seeds.row(301, 'default', *demo_model())
     assert r['recall'] >= .95 and r['precision'] >= .9 and r['tokens_alone_best_f1'] < .7
+
+
+# ---- studies of whole experiments, small
+
+def question_file(folder, name, n, context=''):
+    with gzip.open(folder/f'{name}-test.jsonl.gz', 'wt') as f:
+        for i in range(n): f.write(json.dumps(dict(question=f'what is the {i}th of {name}?', answers=[f'the answer {i*i}'], **(dict(context=f'{context} {i}') if context else {})))+'\n')
+
+
+def test_real_model_runs_small(tmp_path):
+    from benchmarks import real_model
+    from gradsentry_nb.demo import demo_model_path
+    question_file(tmp_path, 'webqa', 60), question_file(tmp_path, 'nq', 60, 'a passage about')
+    args = [str(demo_model_path()), '--data', str(tmp_path), '--sets', 'webqa', 'nq', '--limit', '60', '--seeds', '1', '--parts', 'table2', 'table8', '--device', 'cpu',
+            '--work', str(tmp_path/'work'), '--out', str(tmp_path/'out.csv')]
+    real_model.main(args)
+    table = pd.read_csv(tmp_path/'out.csv')
+    assert list(table.columns) == list(real_model.COLUMNS) and len(table) == 2*4*8+2*8
+    assert (table['status'] == 'done').all() and table['machine'].notna().all() and 'torch' in table['versions'][0]
+    real_model.main(args)                        # the rows of the same model are replaced, not doubled
+    assert len(pd.read_csv(tmp_path/'out.csv')) == len(table)
+
+
+def test_stored_table_of_a_real_model_is_empty_or_real():
+    from benchmarks import real_model
+    table = pd.read_csv(real_model.STORED)
+    assert list(table.columns) == list(real_model.COLUMNS)
+    assert not len(table) or table['machine'].notna().all()
+
+
+def test_experiment_runs_small(tmp_path, shared):
+    from benchmarks import experiment
+    experiment.main(['table2', 'table8', '--work', str(tmp_path), '--limit', '60', '--sets', 'webqa'])
+    from gradsentry_nb.experiment import collect
+    table = collect(tmp_path/'table2')
+    assert set(table['attack']) == {'badnets', 'addsent', 'cba', 'stylebkd'} and (table['status'] == 'done').all()
+    assert set(collect(tmp_path/'table8')['model']) == {'qa-lm-9m', 'random weights'}
+
+
+def test_stored_experiment_is_what_the_study_makes():
+    from benchmarks import experiment
+    if not experiment.STORED.exists(): pytest.skip('the study has not been stored yet')
+    table = pd.read_parquet(experiment.STORED)
+    assert (table['status'] == 'done').all() and set(table['part']) <= set(experiment.parts())
+    for part, (grid, models, sets) in experiment.parts().items():
+        found = table[table['part'] == part]
+        if not len(found): continue
+        assert set(found['dataset']) == set(sets) and set(found['model']) == set(models), part
+        assert set(found['seed']) == set(grid.seeds) and {d.label for d in grid.defences} <= set(found['defence']), part
