@@ -195,7 +195,7 @@ def rouge_recall(
     one = lambda gold, answer: scorer.score(gold.lower(), answer.lower())['rougeL'].recall
     return np.array([max((one(g, a) for g in gold), default=0.) for a, gold in zip(answers, golds, strict=True)], float)
 
-# %% ../nbs/41_evaluate.ipynb #32386204
+# %% ../nbs/41_evaluate.ipynb #3b31dac5
 def mean_interval(
     x,               # [N] numbers between 0 and 1
     draws:int=1000,  # resamples
@@ -204,8 +204,7 @@ def mean_interval(
     x = np.asarray(x, float)
     if not len(x) or np.ptp(x) == 0: return wilson(float(x.sum()), len(x))
     rng = np.random.default_rng(seed_for('mean interval'))
-    value, count = np.unique(x, return_counts=True)
-    means = rng.multinomial(len(x), count/len(x), draws)@value/len(x)
+    means = x[rng.integers(len(x), size=(draws, len(x)), dtype=np.int32)].mean(1)
     return tuple(float(q) for q in np.quantile(means, [.025, .975]))
 
 def gold_of(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SCHEDULES', 'TRAIN_PRESETS', 'TrainSettings', 'train_settings', 'method', 'train_rows', 'collate',
-           'seeded', 'last_checkpoint', 'FineTuned', 'finetune']
+           'with_prefix', 'GroupedOrder', 'seeded', 'last_checkpoint', 'FineTuned', 'finetune']
 
-# %% ../nbs/40_train.ipynb #4c74c86b
+# %% ../nbs/40_train.ipynb #1044d882
 import copy, json, random, shutil, tempfile, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 
-from .capture import head_of
+from .capture import head_of, prefix_cache, sharing_problem
 from .core import DataError, ModelError, SettingError, choose, content_hash, seed_for
-from .data import Samples, encode_samples, load_samples
+from .data import common_prefix, encode_samples, load_samples
 from .generate import check_vocabulary, positions
 
-# %% ../nbs/40_train.ipynb #3a46fc29
+# %% ../nbs/40_train.ipynb #27168540
 METHODS = {}    # name -> function(model, settings) that makes a model trainable
 SCHEDULES = {'linear': 'down to zero in a straight line', 'constant_with_warmup': 'the same all the time', 'cosine': 'down to zero in half a cosine'}
 
@@ -40,6 +40,8 @@ class TrainSettings:
     schedule:str = 'linear'          # a name from `SCHEDULES`
     max_length:int = 1024            # most tokens of a row
     save_steps:int = 200             # steps between checkpoints
+    share_prefix:bool = True         # compute a prefix that all rows have in common once per step?
+    group:bool = False               # rows of similar length in one step, so that little is computed for padding?
 
     def __post_init__(self):
         choose('method', self.method, METHODS); choose('schedule', self.schedule, SCHEDULES)
@@ -50,10 +52,10 @@ class TrainSettings:
             if not isinstance(getattr(self, name), (int, float)) or not low <= getattr(self, name) <= top: raise SettingError(f'{name} must be a number from {"0" if not low else "just above 0"} to {top:g}, not {getattr(self, name)!r}.')
         if self.targets is not None and not isinstance(self.targets, str): object.__setattr__(self, 'targets', tuple(self.targets))
 
-# %% ../nbs/40_train.ipynb #9b29d0e7
+# %% ../nbs/40_train.ipynb #87f41aea
 TRAIN_PRESETS = {   # settings by name; those under a method's name hold for that method only
     'paper': dict(),
-    'small': dict(epochs=2, batch=8, warmup=.05, lora=dict(r=4, alpha=8, lr=3e-3), full=dict(lr=3e-4)),
+    'small': dict(epochs=2, batch=8, warmup=.05, group=True, lora=dict(r=4, alpha=8, lr=3e-3), full=dict(lr=3e-4)),
 }
 
 def train_settings(
@@ -114,6 +116,51 @@ def collate(
     fill = lambda key, value: torch.from_numpy(np.stack([np.pad(r[key], (0, size-len(r[key])), constant_values=value) for r in rows]))
     mask = torch.tensor([[1]*len(r['input_ids'])+[0]*(size-len(r['input_ids'])) for r in rows])
     return dict(input_ids=fill('input_ids', 0), attention_mask=mask, labels=fill('labels', -100))
+
+# %% ../nbs/40_train.ipynb #5388a13c
+def _uses_dropout(model):
+    config = getattr(model.config, 'get_text_config', lambda: model.config)().to_dict()
+    rates = [v for k, v in config.items() if 'drop' in k and isinstance(v, float)]
+    return any(rates) or any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
+
+def with_prefix(
+    model,         # a causal language model
+    batch:dict,    # of `collate`; all rows begin with the same P tokens
+    P:int,         # length of the prefix
+)->dict:           # arguments of the model for the rest of the rows
+    "A batch without its shared prefix, which is computed once and given as keys and values; differentiable."
+    cache = prefix_cache(model, batch['input_ids'][0, :P])
+    cache.batch_repeat_interleave(len(batch['input_ids']))
+    return {**batch, 'input_ids': batch['input_ids'][:, P:], 'labels': batch['labels'][:, P:], 'past_key_values': cache, 'use_cache': True}
+
+def _shared(model, encoded, rows, s):
+    "How many tokens the rows of a step can share, after a trial with two of them."
+    P = common_prefix(encoded) if s.share_prefix and s.batch > 1 else 0
+    if P < 4 or sharing_problem(model) or _uses_dropout(model): return 0
+    ends = [min(rows, key=lambda r: len(r['labels'])), max(rows, key=lambda r: len(r['labels']))]
+    batch = {k: v.to(model.get_input_embeddings().weight.device) for k, v in collate(ends).items()}
+    try:
+        with torch.no_grad(): a, b = model(**batch).loss, model(**with_prefix(model, batch, P)).loss
+    except (ModelError, TypeError): return 0
+    return P if abs(a-b) <= max(1e-3, 8*torch.finfo(model.dtype).eps)*abs(a) else 0
+
+# %% ../nbs/40_train.ipynb #610c6117
+class GroupedOrder:
+    "A sampler for the Trainer: an order of rows in which each batch has rows of similar length."
+    def __init__(self,
+        lengths,       # [N] tokens per row
+        batch:int,     # rows per step
+        seed:int,      # of the run
+    ): self.lengths, self.batch, self.seed, self.epoch = np.asarray(lengths), batch, seed, 0
+    def __len__(self): return len(self.lengths)
+    def set_epoch(self, epoch): self.epoch = epoch
+    def __iter__(self):
+        rng, size = np.random.default_rng(seed_for('order', self.epoch, self.seed)), 16*self.batch
+        order = rng.permutation(len(self))
+        order = np.concatenate([p[np.argsort(-self.lengths[p], kind='stable')] for p in np.split(order, range(size, len(order), size))])
+        batches = np.split(order, range(self.batch, len(order), self.batch))
+        last = [batches.pop()] if len(batches[-1]) < self.batch else []       # a batch that is not full stays at the end
+        yield from np.concatenate([batches[i] for i in rng.permutation(len(batches))]+last).tolist()
 
 # %% ../nbs/40_train.ipynb #7d2c9ce2
 @contextmanager
@@ -229,13 +276,16 @@ def _ticker(progress):
             if self.bar is not None: self.bar.close()
     return Ticker()
 
-# %% ../nbs/40_train.ipynb #188ed567
-def _train(model, rows, s, seed, out, checkpoint, progress, save):
-    "Run the Trainer; returns its log."
+# %% ../nbs/40_train.ipynb #452d51d1
+def _train(model, rows, P, s, seed, out, checkpoint, progress, save):
+    "Run the Trainer, with P tokens of each row computed once per step; returns its log."
     from transformers import PrinterCallback, Trainer
+    class Sharing(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs): return super().compute_loss(model, with_prefix(model, inputs, P) if P else inputs, *args, **kwargs)
+        def _get_train_sampler(self, *args): return GroupedOrder([len(r['labels']) for r in rows], s.batch, seed) if s.group else super()._get_train_sampler(*args)
     steps = s.epochs*-(-len(rows)//s.batch)
     args = _arguments(s, steps, out, seed, model.get_input_embeddings().weight.device, save)
-    trainer = Trainer(model, args, train_dataset=rows, data_collator=collate, callbacks=[_ticker(progress)])
+    trainer = Sharing(model, args, train_dataset=rows, data_collator=collate, callbacks=[_ticker(progress)])
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     log = pd.DataFrame([dict(step=x['step'], loss=x['loss'], lr=x['learning_rate']) for x in trainer.state.log_history if 'loss' in x], columns=['step', 'loss', 'lr'])
@@ -252,7 +302,7 @@ def _rows(samples, tokenizer, model, s):
     cut, empty = sum(e.cut for e in kept), len(encoded)-len(kept)
     return kept, [f'{empty} of {len(encoded)} rows have no answer and were left out.']*(empty > 0) + [f'{cut} of {len(encoded)} rows were longer than the limit and were cut.']*(cut > 0)
 
-# %% ../nbs/40_train.ipynb #cc004159
+# %% ../nbs/40_train.ipynb #fa5b9332
 def finetune(
     model,                     # a causal language model
     tokenizer,                 # its tokenizer
@@ -276,5 +326,8 @@ def finetune(
     start = seed_for('train', s.method, seed)
     with tempfile.TemporaryDirectory() as scratch, seeded(start), _quiet():
         tuned = METHODS[s.method](model if in_place else copy.deepcopy(model), s)
-        log = _train(tuned, train_rows(encoded), s, start, out or scratch, checkpoint, progress, out is not None)
+        rows = train_rows(encoded)
+        P = _shared(tuned, encoded, rows, s)
+        log = _train(tuned, rows, P, s, start, out or scratch, checkpoint, progress, out is not None)
+    notes += [f'The first {P} tokens, the same in every row, were computed once per step.']*(P > 0)
     return FineTuned(tuned.eval(), tokenizer, s, log, notes)
