@@ -425,6 +425,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                       'gradsentry_nb.charts._failed': ('charts.html#_failed', 'gradsentry_nb/charts.py'),
                                       'gradsentry_nb.charts._finite': ('charts.html#_finite', 'gradsentry_nb/charts.py'),
                                       'gradsentry_nb.charts._marks': ('charts.html#_marks', 'gradsentry_nb/charts.py'),
+                                      'gradsentry_nb.charts._percent': ('charts.html#_percent', 'gradsentry_nb/charts.py'),
                                       'gradsentry_nb.charts._plural': ('charts.html#_plural', 'gradsentry_nb/charts.py'),
                                       'gradsentry_nb.charts._rule': ('charts.html#_rule', 'gradsentry_nb/charts.py'),
                                       'gradsentry_nb.charts._seeds': ('charts.html#_seeds', 'gradsentry_nb/charts.py'),

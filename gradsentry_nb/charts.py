@@ -260,7 +260,18 @@ def side_by_side(
     if panel: layers = layers.facet(alt.Facet(f'{panel}:N', title=None, header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=2)
     return themed(layers, f'{MEASURES.get(value, value)}, side by side', _seeds(f), _failed(f), width=None, height=None)
 
-# %% ../nbs/14_charts.ipynb #e3bbcbe9
+# %% ../nbs/14_charts.ipynb #ba7067a2
+def _percent(done, column, title, order, color, names, reference=None):
+    "One measure of each cell in percent, with its interval; the mean of `reference` as a dashed line."
+    have = lambda end: 100*done[f'{column}_{end}'].astype(float) if f'{column}_{end}' in done else np.nan
+    d = pd.DataFrame(dict(defence=done['defence'], value=100*done[column].astype(float), low=have('low'), high=have('high'), seed=done.get('seed', 0))).dropna(subset='value').round(2)
+    base = alt.Chart(d).encode(alt.Y('defence:N', sort=order, title=None, axis=alt.Axis(grid=True, labels=names, ticks=names)), yOffset=alt.YOffset('seed:N'))
+    X = lambda e: alt.X(f'{e}:Q', title=title, scale=alt.Scale(domain=[0, 100]))
+    layers = [base.mark_rule(opacity=.6, color=color).encode(X('low'), alt.X2('high:Q')), base.mark_point(size=36, filled=True, opacity=1, color=color).encode(X('value'), tooltip=list(d))]
+    at = d.loc[d['defence'] == reference, 'value']
+    if len(at): layers.append(alt.Chart(pd.DataFrame(dict(x=[at.mean()]))).mark_rule(color=GREY, strokeDash=[4, 3]).encode(x='x:Q'))
+    return alt.layer(*layers).properties(width=260, height=alt.Step(8))
+
 def attack_and_cost(
     table:pd.DataFrame,     # one row per cell, with `defence`, `asr` and `cacc`, each with `_low` and `_high` where known
     reference:str='clean',  # the defence whose clean accuracy is the dashed line
@@ -268,18 +279,9 @@ def attack_and_cost(
     "Attack success and clean accuracy behind each defence, in percent, one dot per cell with its interval."
     done = table[table['asr'].notna() | table['cacc'].notna()] if {'asr', 'cacc'} <= set(table) else table[:0]
     if not len(done): return _empty('nothing was fine-tuned in this table')
-    order, charts = list(dict.fromkeys(done['defence'])), []
-    for c, title in dict(asr='attack success (% of triggered questions)', cacc='clean accuracy (% of clean questions)').items():
-        have = lambda end: 100*done[f'{c}_{end}'].astype(float) if f'{c}_{end}' in done else np.nan
-        d = pd.DataFrame(dict(defence=done['defence'], value=100*done[c].astype(float), low=have('low'), high=have('high'), seed=done.get('seed', 0))).dropna(subset='value').round(2)
-        base = alt.Chart(d).encode(alt.Y('defence:N', sort=order, title=None, axis=alt.Axis(grid=True, labels=c == 'asr', ticks=c == 'asr')),
-                                   yOffset=alt.YOffset('seed:N'))
-        X = lambda e: alt.X(f'{e}:Q', title=title, scale=alt.Scale(domain=[0, 100]))
-        layers = [base.mark_rule(opacity=.6, color=DROPPED if c == 'asr' else KEPT).encode(X('low'), alt.X2('high:Q')),
-                  base.mark_point(size=36, filled=True, opacity=1, color=DROPPED if c == 'asr' else KEPT).encode(X('value'), tooltip=list(d))]
-        at = d.loc[d['defence'] == reference, 'value']
-        if c == 'cacc' and len(at): layers.append(alt.Chart(pd.DataFrame(dict(x=[at.mean()]))).mark_rule(color=GREY, strokeDash=[4, 3]).encode(x='x:Q'))
-        charts.append(alt.layer(*layers).properties(width=260, height=alt.Step(8)))
+    order = list(dict.fromkeys(done['defence']))
+    charts = [_percent(done, 'asr', 'attack success (% of triggered questions)', order, DROPPED, True),
+              _percent(done, 'cacc', 'clean accuracy (% of clean questions)', order, KEPT, False, reference)]
     return themed(alt.hconcat(*charts, spacing=24), 'What the attack achieved, and what the defence cost', 'One dot per cell with its 95 % interval', width=None, height=None)
 
 # %% ../nbs/14_charts.ipynb #209edbb3

@@ -31,7 +31,7 @@ def make_detector(
     given = {k: v for k, v in dict(model=model, tokenizer=tokenizer).items() if k in d.takes and v is not None}
     return d.build(**given, **settings)
 
-# %% ../nbs/34_detectors.ipynb #0d985b91
+# %% ../nbs/34_detectors.ipynb #291fd64d
 def available(
     model=None,       # what is at hand
     tokenizer=None,
@@ -50,7 +50,7 @@ def scores_by_name(
 )->dict:              # name -> (detector, its Scores)
     "What every detector says of every row, with one scan for all that need one."
     samples, out, scans = as_samples(samples), {}, {}
-    made = {n: make_detector(n, model, tokenizer, **dict(tune=tune) if 'tune' in DETECTORS[n].takes and tune else {})
+    made = {n: make_detector(n, model, tokenizer, **dict(tune=tune) if DETECTORS[n].build is Cube and tune else {})
             for n in (available(model, tokenizer, tune) if names is None else [choose('detector', n, DETECTORS) for n in names])}
     crops = [d.crop for d in made.values() if isinstance(d, SentryColumn)]
     for n, d in made.items():

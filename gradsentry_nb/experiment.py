@@ -10,9 +10,9 @@ __all__ = ['ARMS', 'BLOCKS', 'COLUMNS', 'WHOLE_SET', 'FOUR', 'TRIVIAL', 'BESIDE'
            'config_grid', 'ConfigError', 'read_config', 'load_config', 'random_twin', 'experiment_charts',
            'experiment_html']
 
-# %% ../nbs/43_experiment.ipynb #e49b62ea
+# %% ../nbs/43_experiment.ipynb #bc9f4b44
 import json, math, os, re, warnings
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
