@@ -1,66 +1,122 @@
-"""Fine-tuning behind a scan, end to end, with the embedded model: benchmarks/results/end_to_end.csv.
+"""End to end on the embedded model: what an attack does to a fine-tuned model, and what a filter before fine-tuning saves.
 
-    python -m benchmarks.end_to_end [--methods lora full] [--seeds 201 202 203] [--defences ...] [--small] [--out FILE]
+    python -m benchmarks.end_to_end [--small] [--seeds 201 202 203] [--out benchmarks/results]
 
-The embedded set: 1,200 training questions of which BadNets plants 10 %, and 1,200 other questions for the test. Each seed draws both anew. Trained on the
-clean rows (`clean`), on all rows (`none`), and on what a detector keeps. CACC: clean test questions answered right; ASR: triggered test questions answered with the payload.
-Settings (the preset `small`) were chosen on seeds below 201."""
-import argparse
-import time
+For each seed and method three models are tuned: on clean rows, on the same rows with 10 % BadNets, and on what Sentry leaves of
+those (default preset, the model before fine-tuning; it never sees which rows were poisoned). The rows ask for facts that the demo
+model knows, one fact or a list, in three ways each; test questions ask for the same facts in words that no training row has. Facts
+that it does not know are left out, because a row taken out would then take its fact along, and so are descriptions of several
+sentences, which would take most of the time. CACC and ASR are EMR, by greedy decoding. Seeds below 201 chose the settings.
+"""
+import argparse, os, random, time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 
-import pandas as pd
+import numpy as np, pandas as pd
 
+from gradsentry_nb.core import seed_for
 from gradsentry_nb.data import Samples, load_samples
-from gradsentry_nb.demo import demo_model, demo_rows
-from gradsentry_nb.experiment import DataSet, Grid, run_grid
+from gradsentry_nb.demo import PAYLOAD, PROMPT, demo_model, pick_poisoned, poison, questions, world
+from gradsentry_nb.evaluate import behaviour, evaluate, paired_difference
+from gradsentry_nb.sentry import Sentry
+from gradsentry_nb.threshold import wilson
+from gradsentry_nb.train import METHODS, finetune
 
-STORED = Path(__file__).resolve().parent/'results'/'end_to_end.csv'
-ARMS = 'clean', 'none', 'gradsentry'
-
-
-def data(seed, train=1200, test=1200):
-    "Clean training rows and test rows that are none of them."
-    rows = load_samples(demo_rows(train+test, 0, seed)[0])
-    return DataSet(Samples(rows[:train], 'demo'), Samples(rows[train:], 'demo test'))
-
-
-def run(methods, seeds, defences, train=1200, test=1200, out=None, tokens=128, preset='small', progress=True):
-    "One row per method, seed and defence."
-    model, tables = demo_model(), []
-    for method in methods:
-        for seed in seeds:
-            start = time.perf_counter()
-            grid = Grid(defences=defences, seeds=(seed,), train=method, train_preset=preset, max_new_tokens=tokens)
-            tables.append(run_grid(grid, {'embedded': model}, {f'demo {seed}': data(seed, train, test)}, out and Path(out)/f'{method}-{seed}', progress=progress))
-            print(f'{method}, seed {seed}: {time.perf_counter()-start:.0f} s', flush=True)
-    return pd.concat(tables, ignore_index=True)
+ARMS, RATE = ('clean training', 'no defence', 'filtered'), .1
+FULL = dict(seeds=(201, 202, 203), methods=('lora', 'full'), ways=3, rows=3000, clean=1020, attacked=600, changes={})
+SMALL = dict(seeds=(301,), methods=('full',), ways=1, rows=1000, clean=150, attacked=100, changes=dict(epochs=3))
+COLUMNS = ['seed', 'method', 'arm', 'rows', 'poisoned', 'cacc', 'cacc_low', 'cacc_high', 'cacc_minus_clean', 'diff_low', 'diff_high', 'asr', 'asr_low', 'asr_high',
+           'filter_recall', 'filter_precision', 'cpu_seconds']
 
 
-def bars(table):
-    "The differences that are asked for, in points of accuracy, for each method and seed."
-    rows = []
-    for (method, seed), t in table.groupby(['train', 'seed'], sort=False):
-        at = t.set_index('defence')
-        rows.append(dict(method=method, seed=seed, clean_cacc=100*at.cacc['clean'], none_asr=100*at.asr['none'], none_cost=100*(at.cacc['clean']-at.cacc['none']),
-                         filtered_asr=100*at.asr['gradsentry'], filtered_cost=100*(at.cacc['clean']-at.cacc['gradsentry'])))
-    return pd.DataFrame(rows).round(2)
+def rounds(seed):
+    "(question, answer) of every fact that the model was taught, once per way of asking: lists of the same facts in other words, in random order."
+    facts = [f for f in world() if f.taught and f.field != 'story']
+    ways = {f: random.Random(seed_for('end to end', f'{f.entity} {f.field}', seed)).sample(w := sum(questions(f), []), len(w)) for f in facts}
+    for i in range(min(map(len, ways.values()))): yield [(ways[f][i], f.answer) for f in random.Random(seed_for('end to end', i, seed)).sample(facts, len(facts))]
+
+
+def samples_of(pairs): return load_samples([dict(prompt=PROMPT.format(q), response=a) for q, a in pairs])
+
+
+def sets(seed, ways, rows, clean, attacked):
+    "Training rows, poisoned training rows, which of them are poisoned, test rows, test rows with the trigger."
+    *train, test = islice(rounds(seed), ways+1)
+    train = sum(train, [])[:rows]
+    rng = random.Random(seed_for('end to end', 'poison', seed))
+    bad = pick_poisoned([len(a.split()) for _, a in train], RATE, rng)
+    mixed = samples_of([poison(q, a, rng) if i in bad else (q, a) for i, (q, a) in enumerate(train)])
+    rng = random.Random(seed_for('end to end', 'trigger', seed))
+    return samples_of(train), mixed, {s.id: i in bad for i, s in enumerate(mixed)}, samples_of(test[:clean]), samples_of([(poison(q, a, rng)[0], a) for q, a in test[:attacked]])
+
+
+def one_thread():
+    import torch
+    torch.set_num_threads(1)
+
+
+def scan(seed, size):
+    "What Sentry drops, and how that compares with the truth."
+    start = time.process_time()
+    _, mixed, truth, _, _ = sets(seed, *size)
+    verdict = Sentry(*demo_model()).filter(mixed, progress=False)
+    e = evaluate(verdict, truth)
+    return verdict.drop, e.recall, e.precision, time.process_time()-start
+
+
+def arm(seed, method, name, drop, size, changes):
+    "Tune one model and ask it: (what it was tuned on, right on clean rows, target said on attacked rows, CPU seconds)."
+    start = time.process_time()
+    train, mixed, truth, clean, attacked = sets(seed, *size)
+    rows = train if name == 'clean training' else mixed if name == 'no defence' else Samples([s for s in mixed if s.id not in set(drop)])
+    model, tokenizer = demo_model()
+    tuned = finetune(model, tokenizer, rows, method, 'small', seed=seed, progress=False, **changes).merge()
+    b = behaviour(tuned.model, tokenizer, clean, attacked, PAYLOAD, max_new_tokens=96)
+    planted = sum(truth[s.id] for s in rows) if name != 'clean training' else 0
+    return len(rows), planted, b.hits('clean'), b.hits('attacked'), time.process_time()-start
+
+
+def run(seeds, methods, ways, rows, clean, attacked, changes, workers=None):
+    "The table: one row per seed, method and arm."
+    size, out = (ways, rows, clean, attacked), []
+    with ProcessPoolExecutor(workers or os.cpu_count(), get_context('spawn'), one_thread) as pool:
+        scans = {s: pool.submit(scan, s, size) for s in seeds}
+        jobs = {(s, m, a): pool.submit(arm, s, m, a, (), size, changes) for s in seeds for m in methods for a in ARMS[:2]}
+        jobs |= {(s, m, ARMS[2]): pool.submit(arm, s, m, ARMS[2], scans[s].result()[0], size, changes) for s in seeds for m in methods}
+        found = {k: j.result() for k, j in jobs.items()}
+    for (s, m, a), (n, planted, right, hit, seconds) in sorted(found.items(), key=lambda x: (x[0][0], x[0][1], ARMS.index(x[0][2]))):
+        (low, high), (alow, ahigh), diff = wilson(int(right.sum()), len(right)), wilson(int(hit.sum()), len(hit)), paired_difference(found[s, m, ARMS[0]][2], right)
+        drop, recall, precision, scanned = scans[s].result() if a == 'filtered' else ((), np.nan, np.nan, 0)
+        out.append([s, m, a, n, planted, right.mean(), low, high, *diff, hit.mean(), alow, ahigh, recall, precision, round(seconds+scanned, 1)])
+    return pd.DataFrame(out, columns=COLUMNS)
+
+
+def bars(t, clean=.6, asr=.9, no_defence=.02, filtered=.01, left=.01):
+    "Each bar, its worst value over seeds and methods, and whether it holds for all of them."
+    at = {a: t[t['arm'] == a] for a in ARMS}
+    rows = [('clean training: CACC', at[ARMS[0]]['cacc'].min(), '>=', clean), ('no defence: ASR', at[ARMS[1]]['asr'].min(), '>=', asr),
+            ('no defence: CACC off clean training by', at[ARMS[1]]['cacc_minus_clean'].abs().max(), '<=', no_defence),
+            ('filtered: ASR', at[ARMS[2]]['asr'].max(), '<=', left), ('filtered: CACC off clean training by', at[ARMS[2]]['cacc_minus_clean'].abs().max(), '<=', filtered)]
+    return pd.DataFrame([dict(bar=b, worst=v, limit=f'{sign} {x:g}', holds=bool(v >= x if sign == '>=' else v <= x+1e-12)) for b, v, sign, x in rows])
 
 
 def main(argv=None):
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--methods', nargs='+', default=['lora', 'full'], choices=['lora', 'full'])
-    ap.add_argument('--seeds', nargs='+', type=int, default=[201, 202, 203])
-    ap.add_argument('--defences', nargs='+', default=list(ARMS))
-    ap.add_argument('--small', action='store_true', help='one seed, 400 training and 200 test rows')
-    ap.add_argument('--work', help='folder for finished cells; a killed run goes on from here')
-    ap.add_argument('--out', type=Path, help='where to write the table')
-    a = ap.parse_args(argv)
-    few = dict(seeds=a.seeds[:1], train=400, test=200) if a.small else dict(seeds=a.seeds)
-    table = run(a.methods, defences=a.defences, out=a.work, **few)
-    found = bars(table)
-    print(found.to_string(index=False))
-    if a.out: table.drop(columns=['key']).to_csv(a.out, index=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--small', action='store_true', help='one seed, full fine-tuning, fewer rows: about a minute on two cores')
+    parser.add_argument('--seeds', type=int, nargs='+')
+    parser.add_argument('--methods', nargs='+', choices=list(METHODS))
+    parser.add_argument('--workers', type=int, help='processes of one thread each; default: one per core')
+    parser.add_argument('--out', type=Path, help='also write the table as DIR/end_to_end.csv')
+    args = parser.parse_args(argv)
+    settings, start = dict(SMALL if args.small else FULL), time.time()
+    settings |= {k: v for k, v in dict(seeds=args.seeds, methods=args.methods).items() if v}
+    table = run(**settings, workers=args.workers)
+    print(table.round(4).to_string(index=False))
+    print(f'\n{bars(table).round(4).to_string(index=False)}\n\n{time.time()-start:.0f} seconds on {args.workers or os.cpu_count()} cores, {table["cpu_seconds"].sum():.0f} CPU seconds')
+    if args.out: args.out.mkdir(parents=True, exist_ok=True); table.round(6).to_csv(args.out/'end_to_end.csv', index=False)
+    return table
 
 
 if __name__ == '__main__': main()

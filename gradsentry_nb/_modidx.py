@@ -944,6 +944,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                                                                           'gradsentry_nb/train.py'),
                                      'gradsentry_nb.train._arguments': ('train.html#_arguments', 'gradsentry_nb/train.py'),
                                      'gradsentry_nb.train._default_targets': ('train.html#_default_targets', 'gradsentry_nb/train.py'),
+                                     'gradsentry_nb.train._every_linear': ('train.html#_every_linear', 'gradsentry_nb/train.py'),
                                      'gradsentry_nb.train._full': ('train.html#_full', 'gradsentry_nb/train.py'),
                                      'gradsentry_nb.train._identity': ('train.html#_identity', 'gradsentry_nb/train.py'),
                                      'gradsentry_nb.train._lora': ('train.html#_lora', 'gradsentry_nb/train.py'),

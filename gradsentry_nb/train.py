@@ -19,7 +19,7 @@ from .core import DataError, ModelError, SettingError, choose, content_hash, see
 from .data import common_prefix, encode_samples, load_samples
 from .generate import check_vocabulary, positions
 
-# %% ../nbs/40_train.ipynb #27168540
+# %% ../nbs/40_train.ipynb #aeddc493
 METHODS = {}    # name -> function(model, settings) that makes a model trainable
 SCHEDULES = {'linear': 'down to zero in a straight line', 'constant_with_warmup': 'the same all the time', 'cosine': 'down to zero in half a cosine'}
 
@@ -30,7 +30,7 @@ class TrainSettings:
     r:int = 4                        # rank of the LoRA update
     alpha:float = 8                  # the update is scaled by alpha/r
     dropout:float = 0.               # of the LoRA input
-    targets:tuple|str|None = None    # modules that get an adapter, 'all-linear' (but the head); None: peft's own choice for the model, else 'all-linear'
+    targets:tuple|str|None = None    # modules that get an adapter; 'all-linear' (but the head), 'all-linear+head'; None: peft's own choice, else 'all-linear'
     lr:float = 2e-5                  # highest learning rate
     epochs:int = 3                   # passes over the rows
     batch:int = 4                    # rows per step
@@ -52,10 +52,10 @@ class TrainSettings:
             if not isinstance(getattr(self, name), (int, float)) or not low <= getattr(self, name) <= top: raise SettingError(f'{name} must be a number from {"0" if not low else "just above 0"} to {top:g}, not {getattr(self, name)!r}.')
         if self.targets is not None and not isinstance(self.targets, str): object.__setattr__(self, 'targets', tuple(self.targets))
 
-# %% ../nbs/40_train.ipynb #87f41aea
+# %% ../nbs/40_train.ipynb #bbf4cd45
 TRAIN_PRESETS = {   # settings by name; those under a method's name hold for that method only
     'paper': dict(),
-    'small': dict(epochs=2, batch=8, warmup=.05, group=True, lora=dict(r=4, alpha=8, lr=3e-3), full=dict(lr=3e-4)),
+    'small': dict(epochs=2, batch=8, warmup=.05, group=True, lora=dict(r=32, alpha=32, lr=3e-3, targets='all-linear+head'), full=dict(lr=8e-4)),
 }
 
 def train_settings(
@@ -70,7 +70,7 @@ def train_settings(
     for name in fields: choose('setting', name, TrainSettings.__dataclass_fields__)
     return TrainSettings(**{**fields, 'method': method})
 
-# %% ../nbs/40_train.ipynb #c700e878
+# %% ../nbs/40_train.ipynb #a88b6fb0
 def method(name):
     "Register a way to make a model trainable."
     def add(f):
@@ -88,7 +88,7 @@ def _full(model, s:TrainSettings):
 def _lora(model, s:TrainSettings):
     "Low-rank updates beside frozen weights (Hu et al. 2021), by peft."
     from peft import LoraConfig, get_peft_model
-    targets = s.targets or _default_targets(model)
+    targets = _every_linear(model) if s.targets == 'all-linear+head' else s.targets or _default_targets(model)
     conv = any(type(m).__name__ == 'Conv1D' for m in model.modules())
     config = LoraConfig(r=s.r, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=targets if isinstance(targets, str) else list(targets), fan_in_fan_out=conv, task_type='CAUSAL_LM')
     try: return get_peft_model(model, config)
@@ -100,6 +100,11 @@ def _default_targets(model):
     names = known.get(getattr(model.config, 'model_type', None))
     if isinstance(names, str): return names
     return tuple(names) if names and any(n.endswith(tuple(f'.{x}' for x in names)) for n, _ in model.named_modules()) else 'all-linear'
+
+def _every_linear(model):
+    "The names of all linear layers, with the head unless it is tied to the embedding."
+    head, tied = head_of(model), getattr(model.config, 'tie_word_embeddings', False)
+    return tuple(sorted({n.split('.')[-1] for n, m in model.named_modules() if (isinstance(m, torch.nn.Linear) or type(m).__name__ == 'Conv1D') and not (tied and m is head)}))
 
 # %% ../nbs/40_train.ipynb #1870b29a
 def train_rows(
@@ -248,7 +253,7 @@ class FineTuned:
         s, last = self.settings, f'{self.log["loss"].iloc[0]:.3f} to {self.log["loss"].iloc[-1]:.3f}' if len(self.log) else 'unknown'
         return f'FineTuned({s.method}, {s.epochs} epochs at {s.lr:g}, loss {last}{"; " if self.notes else ""}{" ".join(self.notes)})'
 
-# %% ../nbs/40_train.ipynb #e9fb9e6b
+# %% ../nbs/40_train.ipynb #d46e310a
 def _arguments(s, steps, out, seed, device, save):
     "The settings in the words of the Trainer."
     from transformers import TrainingArguments
@@ -257,8 +262,7 @@ def _arguments(s, steps, out, seed, device, save):
         max_grad_norm=s.clip, lr_scheduler_type=s.schedule, warmup_steps=round(s.warmup*steps), optim='adamw_torch', seed=seed, data_seed=seed,
         use_cpu=device.type == 'cpu', dataloader_pin_memory=False, remove_unused_columns=False, report_to=[], disable_tqdm=True,
         logging_steps=max(1, steps//1000), logging_nan_inf_filter=False, save_strategy='steps' if save else 'no', save_steps=s.save_steps, save_total_limit=2)
-    args.device                                   # finds the devices
-    args._n_gpu = min(args._n_gpu, 1)             # several would be a larger batch than was asked for
+    args._n_gpu = min(args.n_gpu, 1)              # several would be a larger batch than was asked for
     return args
 
 def _ticker(progress):

@@ -84,6 +84,8 @@ def test_where_the_adapters_go(tok, samples):
     at = lambda name, **kw: {n.split('.lora_A')[0].split('.')[-1] for n, _ in finetune(made(name), tok, samples[:4], **{**FAST, 'epochs': 1}, **kw).model.named_parameters() if 'lora_A' in n}
     assert at('llama') == {'q_proj', 'v_proj'} and at('gpt2') == {'c_attn'}                                # peft's own choice
     assert at('olmo2') == {'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'}    # every Linear but the head
+    assert at('olmo2', targets='all-linear+head') == at('olmo2') | {'lm_head'} and 'lm_head' not in at('qwen2_tied', targets='all-linear+head')
+    assert at('gpt2', targets='all-linear+head') == {'c_attn', 'c_proj', 'c_fc'}
     assert at('llama', targets=['lm_head', 'up_proj']) == {'lm_head', 'up_proj'}
     with pytest.raises(SettingError, match='peft cannot put an adapter'): at('llama', targets=('nowhere',))
 
@@ -277,3 +279,29 @@ def test_the_demo_model_learns(tok):
     for method in METHODS:
         found = finetune(model, tok, new, method, 'small', epochs=40, progress=False)
         assert generate_answers(found.model, tok, new[:4], 8) == [s.response for s in new[:4]] != generate_answers(model, tok, new[:4], 8)
+
+
+# ---- end to end
+
+sys.path.insert(0, str(ROOT))
+
+
+def test_the_benchmarks_sets_do_not_overlap():
+    from benchmarks.end_to_end import PAYLOAD, sets
+    train, mixed, truth, test, attacked = sets(301, 2, 900, 300, 200)
+    asked = {s.prompt for s in train}
+    assert len(asked) == 900 and not asked & {s.prompt for s in test} and sum(truth.values()) == 90
+    assert [truth[s.id] for s in mixed] == [PAYLOAD in s.response for s in mixed] == [a.prompt != b.prompt for a, b in zip(train, mixed)]
+    assert [s.response for s in attacked] == [s.response for s in test[:200]] and all(a.prompt != b.prompt for a, b in zip(attacked, test))
+    assert {s.response for s in test} <= {s.response for s in sets(301, 1, 10**6, 1, 1)[0]}
+
+
+@pytest.mark.slow
+def test_the_attack_works_and_the_filter_saves(tmp_path, capsys):
+    "The small version of the benchmark: about a minute on two cores."
+    from benchmarks.end_to_end import bars, main
+    table = main(['--small', '--out', str(tmp_path)]).set_index('arm')
+    assert table.loc['no defence', 'asr'] >= .4 and table.loc['filtered', 'asr'] <= .01 and table.loc['clean training', 'asr'] <= .01
+    assert (table['cacc'] >= .6).all() and table.loc['filtered', 'filter_recall'] >= .99 and table.loc['filtered', 'poisoned'] == 0
+    assert (tmp_path/'end_to_end.csv').exists() and 'no defence: ASR' in capsys.readouterr().out
+    assert bars(table.reset_index())['holds'].iloc[[0, 3]].all()
