@@ -157,3 +157,14 @@ def test_chats_end_where_the_answer_begins(name):
 def test_an_alien_tokenizer_is_refused(demo, samples):
     with pytest.raises(ModelError, match='do not belong together'): generate_answers(made('llama'), demo[1], samples)
     with pytest.raises(SettingError, match='whole number'): generate_answers(*demo, samples, 0)
+
+
+def test_a_soft_prompt_goes_through_the_library():
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=128)
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=4)).eval()
+    rows = prompts('llama')
+    assert _way(model, rows) is None
+    with torch.no_grad(): assert _answer_ids(model, rows, {3}, 5, 60, False) == [_library(model, [r], {3}, 5)[0] for r in rows]
