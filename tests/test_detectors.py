@@ -265,7 +265,9 @@ def test_one_scan_serves_all_columns(monkeypatch):
     real = Sentry.score
     monkeypatch.setattr(Sentry, 'score', lambda self, *a, **k: calls.append(1) or real(self, *a, **k))
     verdicts = filter_all(rows(), tiny(), tokenizer(), names=[n for n, d in DETECTORS.items() if isinstance(d.build, type) and issubclass(d.build, SentryColumn)])
-    assert len(verdicts) == 6 and len(calls) == 1
+    assert len(verdicts) == 8 and len(calls) == 2              # entropies of the whole gradient and of the cropped one
+    calls.clear(); filter_all(rows(), tiny(), tokenizer(), names=['gradsentry', 'gradsentry_paper', 'loss', 'window_loss', 'grad_norm'])
+    assert len(calls) == 1
 
 
 def test_our_own_are_sentry():

@@ -226,7 +226,7 @@ def test_unknown_measure_lists_the_known_ones():
 @pytest.mark.parametrize('name', ex.EXPERIMENTS)
 def test_presets_are_grids(name):
     assert plan_cells(ex.experiment_grid(name), ['m'], ['d'])
-    assert {'gradsentry', 'none'} & {d.name for d in ex.experiment_grid(name).defences}
+    assert {'gradsentry', 'gradsentry_paper', 'none'} & {d.name for d in ex.experiment_grid(name).defences}
 
 
 # ---- config files

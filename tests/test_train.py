@@ -218,11 +218,11 @@ def test_a_folder_of_another_run(tmp_path, tok, samples):
 # ---- quiet, saved, refused
 
 def test_quiet(tmp_path, tok, samples, capfd, recwarn):
-    level = tf.utils.logging.get_verbosity()
+    level, bars = tf.utils.logging.get_verbosity(), tf.utils.logging.is_progress_bar_enabled()
     for method in METHODS: finetune(made('llama'), tok, samples[:8], method, out=tmp_path/method, **FAST)
     out, err = capfd.readouterr()
     assert not out and not err and not [w for w in recwarn if 'grad' in str(w.message).lower()]
-    assert tf.utils.logging.get_verbosity() == level and tf.utils.logging.is_progress_bar_enabled()
+    assert tf.utils.logging.get_verbosity() == level and tf.utils.logging.is_progress_bar_enabled() == bars
 
 
 @pytest.mark.parametrize('method', METHODS)
