@@ -52,10 +52,10 @@ class TrainSettings:
             if not isinstance(getattr(self, name), (int, float)) or not low <= getattr(self, name) <= top: raise SettingError(f'{name} must be a number from {"0" if not low else "just above 0"} to {top:g}, not {getattr(self, name)!r}.')
         if self.targets is not None and not isinstance(self.targets, str): object.__setattr__(self, 'targets', tuple(self.targets))
 
-# %% ../nbs/40_train.ipynb #bbf4cd45
+# %% ../nbs/40_train.ipynb #5bb4daa0
 TRAIN_PRESETS = {   # settings by name; those under a method's name hold for that method only
     'paper': dict(),
-    'small': dict(epochs=2, batch=8, warmup=.05, group=True, lora=dict(r=32, alpha=32, lr=3e-3, targets='all-linear+head'), full=dict(lr=8e-4)),
+    'small': dict(batch=8, warmup=.05, group=True, lora=dict(epochs=3, r=32, alpha=32, lr=4e-3, targets='all-linear+head'), full=dict(epochs=2, lr=8e-4)),
 }
 
 def train_settings(
