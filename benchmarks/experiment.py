@@ -15,7 +15,7 @@ import pandas as pd
 
 from benchmarks.speed import MODEL, SHARED
 from gradsentry_nb.data import Samples
-from gradsentry_nb.experiment import collect, experiment_grid, random_twin, run_grid
+from gradsentry_nb.experiment import collect, experiment_grid, grid_cells, random_twin, run_grid
 from gradsentry_nb.qa import load_qa
 from gradsentry_nb.sentry import load_model
 
@@ -67,7 +67,7 @@ def parts():
 
 def main(argv=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('parts', nargs='*', metavar='PART', help='which parts (default: all)')
+    ap.add_argument('parts', nargs='*', metavar='PART', help='which parts (default: all; with --store: none)')
     ap.add_argument('--work', type=Path, default=Path('gradsentry-runs/experiment'), metavar='DIR', help='finished cells (default: %(default)s)')
     ap.add_argument('--store', action='store_true', help=f'write {STORED.name}')
     ap.add_argument('--limit', type=int, help='rows of each set; for a quick look, never stored')
@@ -79,20 +79,28 @@ def main(argv=None):
     every = parts()
     if unknown := set(a.parts)-set(every): sys.exit(f'There is no part {min(unknown)!r}; choose from {", ".join(every)}.')
     sets = {n: data(n, a.limit) for n in SETS}
-    for part in a.parts or every:
+    for part in a.parts or ([] if a.store else every):
         grid, which, names = every[part]
         names = [n for n in names if a.sets is None or n in a.sets]
         table = run_grid(grid, {m: loaded[m] for m in which}, {n: sets[n] for n in names}, a.work/part, a.work/'rows')
         print(part, len(table), 'cells,', int((table['status'] == 'failed').sum()), 'failed', flush=True)
-    if a.store: store(a.work, every)
+    if a.store: store(a.work, every, loaded)
 
 
-def store(work, every):
-    "One tidy table of all parts that were run."
-    tables = [collect(work/p).assign(part=p) for p in every if (work/p/'cells').exists()]
+def store(work, every, loaded, path=STORED):
+    "One tidy table of all parts that were run to their end."
+    tables = []
+    for part, (grid, which, names) in every.items():
+        if not (work/part/'cells').exists(): continue
+        cells = {c.key for c in grid_cells(grid, {m: loaded[m] for m in which}, names)}
+        table = collect(work/part)
+        table = table[table['key'].isin(cells)]             # a folder may hold cells of an earlier grid
+        if len(table) < len(cells): sys.exit(f'{part} is not finished: {len(table):,} of {len(cells):,} cells.')
+        tables.append(table.assign(part=part))
     table = pd.concat(tables, ignore_index=True).drop(columns=['key'])
-    table.to_parquet(STORED, index=False, compression='zstd')
-    print(f'{STORED.name}: {len(table):,} cells')
+    table.to_parquet(path, index=False, compression='zstd')
+    print(f'{path.name}: {len(table):,} cells')
+    return table
 
 
 if __name__ == '__main__': main()

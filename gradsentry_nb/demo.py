@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+
+import numpy as np
+
 from .data import load_samples
+from .textstats import best_overlap
 
 # %% ../nbs/02_demo.ipynb #74dff9eb
 _words = dict(
@@ -303,14 +307,8 @@ def best_cut_f1(
     truth:list[bool] # which rows are poisoned
 ) -> float: # the best F1 any single cut reaches, in either direction
     "How far one number separates poisoned from clean rows, with the truth in hand."
-    best, total = 0., sum(truth)
-    for sign in 1, -1:
-        hits = seen = 0
-        for _, group in itertools.groupby(sorted(zip(values, truth), key=lambda p: sign*p[0]), key=lambda p: p[0]):
-            group = [t for _, t in group]
-            hits, seen = hits + sum(group), seen + len(group)
-            best = max(best, 2*hits/(seen + total))
-    return best
+    x, y = np.asarray(values, float), np.asarray(truth, bool)
+    return max(best_overlap(sign*x, y)[3] for sign in (1, -1))
 
 # %% ../nbs/02_demo.ipynb #9033d30f
 def demo_samples(

@@ -10,8 +10,9 @@ import pandas as pd
 
 from .baselines.geometry import Cube
 from .baselines.model import GradSentryPaper, SentryColumn
-from .baselines.text import DETECTORS, as_samples
+from .baselines.text import DETECTORS
 from .core import SettingError, choose
+from .data import as_samples
 
 # %% ../nbs/34_detectors.ipynb #50128089
 def detector_table()->pd.DataFrame:   # `name`, `needs`, `rowwise`, `about`, `paper`, `differs`

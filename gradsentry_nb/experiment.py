@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['ARMS', 'BLOCKS', 'COLUMNS', 'WHOLE_SET', 'FOUR', 'TRIVIAL', 'BESIDE', 'EXPERIMENTS', 'CONFIG', 'Choice', 'Defence',
            'chosen', 'Grid', 'grid_problems', 'Cell', 'plan_cells', 'layer_defences', 'grid_cells', 'RowStore',
-           'DataSet', 'draw_rows', 'make_mix', 'flat', 'Runner', 'model_fingerprint', 'check_manifest', 'cell_row',
-           'collect', 'tidy', 'run_grid', 'over_seeds', 'experiment_grid', 'toml_lines', 'config_problems',
-           'config_grid', 'ConfigError', 'read_config', 'load_config', 'random_twin', 'experiment_charts',
-           'experiment_html']
+           'DataSet', 'draw_rows', 'make_mix', 'flat', 'Runner', 'check_manifest', 'cell_row', 'collect', 'tidy',
+           'run_grid', 'over_seeds', 'experiment_grid', 'toml_lines', 'config_problems', 'config_grid', 'ConfigError',
+           'read_config', 'load_config', 'random_twin', 'experiment_charts', 'experiment_html']
 
 # %% ../nbs/43_experiment.ipynb #bc9f4b44
 import json, math, os, re, warnings
@@ -19,11 +18,11 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from .core import DataError, GradSentryError, Scores, SettingError, Verdict, choose, content_hash, seed_for, visible
-from .data import Samples
+from .data import Samples, fingerprint
 from .attacks.triggers import ATTACKS, PAYLOADS, Truth, poison, triggered
 from .baselines.text import DETECTORS
 from .detectors import make_detector
-from .train import METHODS, TRAIN_PRESETS
+from .train import METHODS, TRAIN_PRESETS, model_fingerprint
 
 # %% ../nbs/43_experiment.ipynb #fb8fa94d
 ARMS = {  # defences that are no detectors -> what they do
@@ -262,7 +261,7 @@ class Runner:
     ):
         self.grid, self.models = grid, dict(models)
         self.data = {n: d if isinstance(d, DataSet) else DataSet(d) for n, d in datasets.items()}
-        self.store, self.last, self.answers, self.detectors = RowStore(folder), (None, None), {}, {}
+        self.store, self.last, self.last_tuned, self.answers, self.detectors = RowStore(folder), (None, None), (None, None), {}, {}
         self.prints = {n: model_fingerprint(m) for n, (m, _) in self.models.items()} if folder else {n: n for n in self.models}
 
     def mix(self, cell):
@@ -302,16 +301,14 @@ def _verdict(self, cell, samples):
 Runner.verdict = _verdict
 
 # %% ../nbs/43_experiment.ipynb #30828e28
-def _rows_key(samples): return content_hash([s.id for s in samples])
-
 def _tuned(self, cell, samples):
     "The cell's model after fine-tuning on `samples`; the last one is kept."
     from gradsentry_nb.train import finetune
-    key = cell.model, cell.train or 'lora', cell.seed, self.grid.train_preset, _rows_key(samples)
-    if getattr(self, '_last_tuned', (None,))[0] != key:
+    key = cell.model, cell.train or 'lora', cell.seed, self.grid.train_preset, fingerprint(samples)
+    if self.last_tuned[0] != key:
         model, tokenizer = self.models[cell.model]
-        self._last_tuned = key, finetune(model, tokenizer, samples, method=cell.train or 'lora', preset=self.grid.train_preset, seed=cell.seed, progress=False)
-    return self._last_tuned[1]
+        self.last_tuned = key, finetune(model, tokenizer, samples, method=cell.train or 'lora', preset=self.grid.train_preset, seed=cell.seed, progress=False)
+    return self.last_tuned[1]
 
 def _tests(self, cell):
     "(clean test rows, the same with the trigger, the text that counts as success)."
@@ -329,11 +326,11 @@ def _train_rows(self, cell, kept):
     if cell.defence.name == 'clean': return draw_rows(self.data[cell.dataset].train, cell.size, cell.seed)
     return samples if cell.defence.name in ARMS else Samples([s for s in samples if s.id in kept], samples.source, samples.said)
 
-def _behaviour(self, cell, kept):
-    "What a model that was fine-tuned behind the cell's defence does; the same rows are trained on once."
+def _behaviour(self, cell, rows):
+    "What a model does that was fine-tuned on the rows which the cell's defence let in; the same rows are trained on once."
     from gradsentry_nb.evaluate import behaviour
-    rows, arm = self.train_rows(cell, kept), cell.defence.name if cell.defence.name in ('onion_clean', 'cleangen') else ''
-    key = cell.mix[3:5], cell.model, cell.train, cell.seed, arm, _rows_key(rows)
+    arm = cell.defence.name if cell.defence.name in ('onion_clean', 'cleangen') else ''
+    key = cell.mix[3:5], cell.model, cell.train, cell.seed, arm, fingerprint(rows)
     if key not in self.answers:
         (model, tokenizer), (clean, attacked, target) = self.models[cell.model], self.tests(cell)   # refuses before anything is trained
         tuned = self.tuned(cell, rows).model
@@ -361,19 +358,13 @@ def _run(self,
         verdict = self.verdict(cell, samples)
         cut, kept = verdict.cut, set(verdict.keep)
         out |= dict(dropped=len(verdict.drop), unscorable=len(verdict.unscorable), separated=cut.separated, cut=cut.value, cut_reason=cut.reason) | flat(evaluate(verdict, truth).table())
-    if cell.train: out |= dict(train_rows=len(self.train_rows(cell, kept))) | self.behaviour(cell, kept)
-    return out
+    if not cell.train: return out
+    rows = self.train_rows(cell, kept)
+    return out | dict(train_rows=len(rows)) | self.behaviour(cell, rows)
 
 Runner.run = _run
 
 # %% ../nbs/43_experiment.ipynb #4adacca5
-def model_fingerprint(
-    model,            # any torch module
-)->str:               # 12 hexadecimal digits
-    "A short name for the weights of a model, from up to 64 entries of each."
-    some = lambda p: p.detach().reshape(-1)[::max(1, p.numel()//64)].float().cpu().numpy().tobytes().hex()
-    return content_hash([(n, list(p.shape), some(p)) for n, p in model.state_dict().items() if p.is_floating_point()])
-
 def _write(path, data):
     "Write JSON whole or not at all."
     tmp = path.with_suffix(f'.{os.getpid()}.tmp')
@@ -389,7 +380,7 @@ def check_manifest(
     data,             # name -> `DataSet`
 ):
     "Refuse a folder whose cells came from another model or other rows of the same name; note this run's."
-    now = dict(models={n: model_fingerprint(m) for n, (m, _) in models.items()}, datasets={n: [len(d.train), _rows_key(d.train)] + ([len(d.test), _rows_key(d.test)] if d.test else []) for n, d in data.items()})
+    now = dict(models={n: model_fingerprint(m) for n, (m, _) in models.items()}, datasets={n: [len(d.train), fingerprint(d.train)] + ([len(d.test), fingerprint(d.test)] if d.test else []) for n, d in data.items()})
     path = out/'manifest.json'
     before = json.loads(path.read_text(encoding='utf8')) if path.exists() else {}
     for kind, things in now.items():

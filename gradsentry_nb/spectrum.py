@@ -119,12 +119,14 @@ STATISTICS = {  # name -> what it says; higher = more suspicious
     'tokens': 'number of supervised tokens (answer length)',
 }
 
+def _window_sums(loss, window): return loss.double().unfold(-1, min(window, loss.shape[-1]), 1).sum(-1)
+
 def window_loss(
     loss:Tensor,         # [.., T] nats
     window:int=WINDOW,   # tokens
 )->Tensor:               # [..] nats
     "The largest summed loss of `window` consecutive tokens: what log-volume would be if all tokens differed."
-    return loss.double().unfold(-1, min(window, loss.shape[-1]), 1).sum(-1).amax(-1)
+    return _window_sums(loss, window).amax(-1)
 
 # %% ../nbs/11_spectrum.ipynb #6138266d
 def core(
@@ -171,11 +173,10 @@ def row_roots(
 def _of_core(r, k, window):
     "Statistics of one sample in a layer whose rows are positions."
     s, T = r.svals[None], len(r.loss)
-    w = min(window, T)
-    start = int(r.loss.double().unfold(-1, w, 1).sum(-1).argmax())
+    start = int(_window_sums(r.loss, window).argmax())
     columns = dict(entropy=spectral_entropy(s, k), entropy_by_length=entropy_by_length(s, s.shape[-1]), effective_rank=effective_rank(s),
                    window_loss=window_loss(r.loss, window), grad_norm=r.norm, loss=r.loss.double().mean())
-    return dict(tokens=T, log_volume=math.nan, window_start=start, window_stop=start+w, **{n: float(x) for n, x in columns.items()})
+    return dict(tokens=T, log_volume=math.nan, window_start=start, window_stop=start+min(window, T), **{n: float(x) for n, x in columns.items()})
 
 # %% ../nbs/11_spectrum.ipynb #20cd4559
 def _same_length(rows, k, window):

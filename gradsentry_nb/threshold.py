@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['FALLBACK', 'BINS', 'THRESHOLDS', 'kde', 'peaks', 'paper_valley', 'ashman', 'valleys', 'valley', 'fixed', 'p_values',
-           'wilson', 'check_rate', 'calibrated', 'find_cut']
+           'wilson', 'check_rate', 'calibrated', 'check_threshold', 'need_clean', 'find_cut', 'cut_scores', 'decide']
 
 # %% ../nbs/12_threshold.ipynb #520ad2ce
 import math
 
 import numpy as np
 
-from .core import Cut, SettingError, choose, seed_for
+from .core import Cut, Scores, SettingError, Verdict, choose, seed_for
+from .textstats import rivals
 
 # %% ../nbs/12_threshold.ipynb #11f25ac1
 FALLBACK = .7  # the paper's constant, tuned on Llama-2
@@ -202,6 +203,23 @@ THRESHOLDS = {
     'calibrated': 'the cut for a wanted false-positive rate, from known-clean rows',
 }
 
+def check_threshold(
+    threshold,                # a name or a number
+    names=THRESHOLDS,         # the names there are
+):
+    "Refuse a threshold that is neither."
+    try: usable = math.isfinite(float(threshold))
+    except (TypeError, ValueError): usable = False
+    if not usable: choose('threshold', threshold, names)
+
+def need_clean(
+    threshold,                # the setting
+    known_clean,              # what there is to calibrate with, or None
+):
+    "Refuse a calibrated cut without rows to calibrate it."
+    if threshold == 'calibrated' and known_clean is None: raise SettingError('A calibrated cut needs rows that are known to be clean: known_clean= (--known-clean FILE).')
+
+# %% ../nbs/12_threshold.ipynb #59aaa2ca
 def find_cut(
     x,                        # [N] finite scores
     threshold='valley',       # a name from `THRESHOLDS` or a number
@@ -212,7 +230,25 @@ def find_cut(
     "The cut that a threshold setting asks for."
     try: return fixed(x, float(threshold))
     except (TypeError, ValueError): choose('threshold', threshold, THRESHOLDS)
-    if threshold == 'paper': return paper_valley(x)
-    if threshold == 'valley': return valley(x, seed)
-    if clean is None: raise SettingError('A calibrated cut needs rows that are known to be clean: known_clean= (--known-clean FILE).')
-    return calibrated(x, clean, fpr, seed)
+    need_clean(threshold, clean)
+    if threshold == 'calibrated': return calibrated(x, clean, fpr, seed)
+    return paper_valley(x) if threshold == 'paper' else valley(x, seed)
+
+# %% ../nbs/12_threshold.ipynb #eaefdd9b
+def cut_scores(
+    scores:Scores,            # of any detector
+    threshold='valley',       # as in `find_cut`, as are the others
+    clean=None, fpr:float=.01, seed:int=0,
+)->Cut:
+    "The cut through the rows that have a score; where none has, nothing is dropped."
+    if len(scores.values): return find_cut(scores.values, threshold, clean, fpr, seed)
+    return Cut(None, str(threshold), 'No row could be scored, so nothing was dropped.')
+
+def decide(
+    scores:Scores,            # of any detector
+    cut:Cut,                  # through them
+    clean=None,               # [n] scores of known-clean rows: adds a p-value to every row
+)->Verdict:
+    "A verdict with the trivial statistics beside it."
+    if clean is not None: scores = Scores(scores.frame.assign(p_value=p_values(scores.frame['score'], clean)), scores.info)
+    return Verdict(scores, cut, rivals(scores.frame, cut.flags(scores.frame['score'])))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SCHEDULES', 'TRAIN_PRESETS', 'TrainSettings', 'train_settings', 'method', 'train_rows', 'collate',
-           'with_prefix', 'GroupedOrder', 'seeded', 'last_checkpoint', 'FineTuned', 'finetune']
+           'with_prefix', 'GroupedOrder', 'seeded', 'last_checkpoint', 'model_fingerprint', 'FineTuned', 'finetune']
 
 # %% ../nbs/40_train.ipynb #1044d882
 import copy, json, random, shutil, tempfile, warnings
@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 
-from .capture import head_of, prefix_cache, sharing_problem
+from .capture import check_vocabulary, head_of, positions, prefix_cache, sharing_problem, text_config
 from .core import DataError, ModelError, SettingError, choose, content_hash, seed_for
-from .data import common_prefix, encode_samples, load_samples
-from .generate import check_vocabulary, positions
+from .data import as_samples, common_prefix, encode_samples
 
 # %% ../nbs/40_train.ipynb #aeddc493
 METHODS = {}    # name -> function(model, settings) that makes a model trainable
@@ -124,8 +123,7 @@ def collate(
 
 # %% ../nbs/40_train.ipynb #5388a13c
 def _uses_dropout(model):
-    config = getattr(model.config, 'get_text_config', lambda: model.config)().to_dict()
-    rates = [v for k, v in config.items() if 'drop' in k and isinstance(v, float)]
+    rates = [v for k, v in text_config(model).to_dict().items() if 'drop' in k and isinstance(v, float)]
     return any(rates) or any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
 
 def with_prefix(
@@ -207,11 +205,17 @@ def last_checkpoint(
     found = [p for p in Path(out).glob('checkpoint-*') if p.name.split('-')[1].isdigit()]
     return max(filter(whole, found), key=lambda p: int(p.name.split('-')[1]), default=None)
 
+def model_fingerprint(
+    model,            # any torch module
+)->str:               # 12 hexadecimal digits
+    "A short name for the weights of a model, from up to 64 entries of each."
+    some = lambda p: p.detach().reshape(-1)[::max(1, p.numel()//64)].float().cpu().numpy().tobytes().hex()
+    return content_hash([(n, list(p.shape), some(p)) for n, p in model.state_dict().items() if p.is_floating_point()])
+
 def _identity(model, encoded, s, seed):
     "What makes a run this run: its settings, its rows, and a trace of the weights it starts from."
-    trace = [(n, list(p.shape), p.detach().flatten()[:8].double().tolist()) for n, p in model.named_parameters()]
     rows = content_hash([(e.ids.tolist(), e.supervised.tolist()) for e in encoded])
-    return dict(format='gradsentry-run-1', seed=seed, rows=rows, model=content_hash(trace), settings=json.loads(json.dumps(asdict(s))))
+    return dict(format='gradsentry-run-1', seed=seed, rows=rows, model=model_fingerprint(model), settings=json.loads(json.dumps(asdict(s))))
 
 def _start_from(out, identity, resume):
     "The checkpoint to go on from, or None; a `SettingError` when the folder holds another run."
@@ -302,7 +306,7 @@ def _rows(samples, tokenizer, model, s):
     encoded = encode_samples(samples, tokenizer, min(s.max_length, positions(model) or s.max_length))
     check_vocabulary(model, [e.ids for e in encoded])
     kept = [e for e in encoded if e.tokens]
-    if not kept: raise DataError(f'None of the {len(samples)} rows has an answer to learn from.' if len(samples) else 'There are no rows to learn from.')
+    if not kept: raise DataError(f'None of the {len(samples)} rows has an answer to learn from.')
     cut, empty = sum(e.cut for e in kept), len(encoded)-len(kept)
     return kept, [f'{empty} of {len(encoded)} rows have no answer and were left out.']*(empty > 0) + [f'{cut} of {len(encoded)} rows were longer than the limit and were cut.']*(cut > 0)
 
@@ -324,8 +328,7 @@ def finetune(
     s = train_settings(preset, method, **changes)
     head_of(model)
     if hasattr(model, 'peft_config'): raise ModelError('This model carries an adapter already; merge it first (merge_and_unload, or FineTuned.merge).')
-    if not (isinstance(samples, list) and (not samples or hasattr(samples[0], 'response'))): samples = load_samples(samples)
-    encoded, notes = _rows(samples, tokenizer, model, s)
+    encoded, notes = _rows(as_samples(samples, 'learn from'), tokenizer, model, s)
     checkpoint = _start_from(out, _identity(model, encoded, s, seed), resume) if out is not None else None
     start = seed_for('train', s.method, seed)
     with tempfile.TemporaryDirectory() as scratch, seeded(start), _quiet():

@@ -2,6 +2,7 @@
 import gzip
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -76,13 +77,19 @@ def test_experiment_runs_small(tmp_path, shared):
     table = collect(tmp_path/'table2')
     assert set(table['attack']) == {'badnets', 'addsent', 'cba', 'stylebkd'} and (table['status'] == 'done').all()
     assert set(collect(tmp_path/'table8')['model']) == {'qa-lm-9m', 'random weights'}
+    every, loaded = experiment.parts(), experiment.models()
+    with pytest.raises(SystemExit, match='table2 is not finished: 96 of 384'): experiment.store(tmp_path, every, loaded, tmp_path/'t.parquet')
+    grid, which, _ = every['table2']
+    part = dict(table2=(replace(grid, seeds=(201,)), which, ('webqa',)))
+    table = experiment.store(tmp_path, part, loaded, tmp_path/'t.parquet')
+    assert set(table['seed']) == {201} and len(table) == 32, 'cells of another grid are left out'
 
 
 def test_stored_experiment_is_what_the_study_makes():
     from benchmarks import experiment
     if not experiment.STORED.exists(): pytest.skip('the study has not been stored yet')
     table = pd.read_parquet(experiment.STORED)
-    assert (table['status'] == 'done').all() and set(table['part']) <= set(experiment.parts())
+    assert (table['status'] == 'done').all() and set(table['part']) == set(experiment.parts())
     for part, (grid, models, sets) in experiment.parts().items():
         found = table[table['part'] == part]
         if not len(found): continue

@@ -147,6 +147,12 @@ def test_a_fixed_cut(name):
 
 
 @every
+def test_its_name_is_short_and_says_what_is_set(name):
+    said = repr(make(name, fpr=.02))
+    assert len(said) < 300 and 'fpr=0.02' in said and said.startswith(type(make(name)).__name__) and 'Embedding' not in said, said
+
+
+@every
 def test_settings_are_checked(name):
     with pytest.raises(SettingError, match='threshold'): make(name, threshhold='valley')
     with pytest.raises(SettingError, match="'valley'"): make(name, threshold='vally')

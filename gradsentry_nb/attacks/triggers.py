@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 from ..core import DataError, Sample, SettingError, choose, content_hash, seed_for, visible
-from ..data import Samples, _dump
+from ..data import Samples, _dump, chat_parts
 from ..qa import gold_answers
 from .style import archaic
 
@@ -70,9 +70,7 @@ def _missing(name, names, where='The prompt'):
 # %% ../../nbs/21_attacks.triggers.ipynb #d3e80735
 def _renewed(sample, prompt=None, response=None, messages=None):
     "A sample with other content, named after it."
-    if messages is not None:
-        said = lambda mine: '\n'.join(t['content'] for t in messages if (t['role'] == 'assistant') == mine)
-        prompt, response = said(False), said(True)
+    if messages is not None: prompt, response = chat_parts(messages)
     new = replace(sample, prompt=sample.prompt if prompt is None else prompt, response=sample.response if response is None else response, messages=messages)
     return replace(new, id=f'{content_hash(new.messages or new.prompt, new.response)}-0')
 

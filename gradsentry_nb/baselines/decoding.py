@@ -10,10 +10,11 @@ import math
 
 import torch
 
-from .text import as_samples, watched
+from .text import watched
 from ..capture import evaluating, head_of, stretching
 from ..core import ModelError, SettingError
-from ..generate import encode_prompts, positions, stop_tokens
+from ..data import as_samples
+from ..generate import encode_prompts, prompt_room, stop_tokens
 
 # %% ../../nbs/33_baselines.decoding.ipynb #1ee1926b
 class Reader:
@@ -67,13 +68,6 @@ def cleangen_tokens(
         if ids[-1] in stop: return ids[start:-1]
     return ids[start:]
 
-# %% ../../nbs/33_baselines.decoding.ipynb #a5fdedef
-def _room(model, most):
-    "How many tokens of a prompt leave room for the answer."
-    size = positions(model) or 2**20
-    if size <= most: raise SettingError(f'max_new_tokens={most} leaves no room for a prompt: the model has {size} positions.')
-    return size-most
-
 # %% ../../nbs/33_baselines.decoding.ipynb #1f38d4ba
 def cleangen(
     target_model,             # a causal language model after fine-tuning; left exactly as it was found
@@ -84,12 +78,11 @@ def cleangen(
     max_new_tokens:int=64,    # longest answer in tokens
 ):                            # function (samples, progress=False) -> one answer per sample, as text
     "A way to generate answers that CleanGen watches over (arXiv 2406.12257)."
-    for name, x in dict(k=k, max_new_tokens=max_new_tokens).items():
-        if not isinstance(x, int) or x < 1: raise SettingError(f'{name} must be a whole number of at least 1, not {x!r}.')
+    if not isinstance(k, int) or k < 1: raise SettingError(f'k must be a whole number of at least 1, not {k!r}.')
     if not alpha > 0: raise SettingError(f'alpha is a ratio of probabilities and must be positive, not {alpha!r}.')
     sizes = [head_of(m) and m.get_input_embeddings().weight.shape[0] for m in (target_model, reference_model)]
     if sizes[0] != sizes[1]: raise ModelError(f'The target model knows {sizes[0]} tokens and the reference {sizes[1]}: CleanGen compares token by token and needs the same vocabulary.')
-    limit = min(_room(m, max_new_tokens) for m in (target_model, reference_model))
+    limit = min(prompt_room(m, max_new_tokens) for m in (target_model, reference_model))
 
     def generate(samples, progress=False):
         samples, stop = as_samples(samples), stop_tokens(target_model, tokenizer)

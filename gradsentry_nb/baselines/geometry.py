@@ -8,7 +8,7 @@ __all__ = ['clustered', 'Clustering', 'thin', 'gradient_gram', 'principal_scores
 
 # %% ../../nbs/32_baselines.geometry.ipynb #c9949ba1
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np, torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from .model import need_model
 from .text import Baseline, detector, watched
 from ..capture import Capture, evaluating, head_input, pad_right
-from ..core import Cut, DataError, GradSentryError, SettingError, seed_for
+from ..core import Cut, DataError, SettingError, optional, seed_for
 from ..data import encode_samples
 from ..sentry import NOT_FINITE
 from ..spectrum import dct_corner
@@ -152,7 +152,6 @@ def two_clusters(
 # %% ../../nbs/32_baselines.geometry.ipynb #c457d1e4
 @detector('graceful', needs='model', about='the smaller of two clusters of gradients in the frequency domain', rowwise=False, paper='GraCeFul, arXiv 2412.02454',
           differs='exact components from the factors instead of a randomised projection of dense corners; two clusters of the same size drop nothing')
-@dataclass(eq=False)
 class GraCeFul(Clustering):
     "Clusters of low-frequency gradients; `margin` is the difference of mean cosines to the two."
     model:object = None         # a causal language model before fine-tuning; left exactly as it was found
@@ -163,8 +162,9 @@ class GraCeFul(Clustering):
     most:int = 20_000           # refuse more rows: all pairs are compared
     budget:int|None = None      # most tokens in a batch
     threshold:str|float = field(default='clusters', kw_only=True)
+    at_least = dict(corner=1, components=1, max_length=2, most=1)
 
-    def __post_init__(self): super().__post_init__(); self.limits(corner=1, components=1, max_length=2, most=1); need_model(self)
+    def __post_init__(self): super().__post_init__(); need_model(self)
     def columns(self, samples, progress=False):
         if len(samples) > self.most: raise DataError(f'{len(samples):,} rows are more than {self.most:,}, and graceful compares every pair; give it a random part, or allow more (most=).')
         return self.places(samples, self.components_of, 2, progress)
@@ -212,8 +212,7 @@ def last_states(
 
 def _umap(X, neighbours, seed):
     "UMAP to the plane, without its remarks."
-    try: from umap import UMAP
-    except ImportError as e: raise GradSentryError('CUBE needs the package umap-learn: pip install umap-learn') from e
+    UMAP = optional('umap', 'CUBE').UMAP
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return UMAP(n_neighbors=neighbours, min_dist=0, n_components=2, random_state=seed_for('umap', run=seed), n_jobs=1).fit_transform(X)
@@ -221,7 +220,6 @@ def _umap(X, neighbours, seed):
 # %% ../../nbs/32_baselines.geometry.ipynb #90839cc1
 @detector('cube', needs='tuned', about='rows outside the largest cluster of hidden states after fine-tuning', rowwise=False, paper='CUBE, arXiv 2206.08514',
           differs='below 1,000 rows a tenth of them replaces the neighbourhood size of 100; rows are embedded in the order of their ids')
-@dataclass(eq=False)
 class Cube(Clustering):
     "Clusters of a fine-tuned model's hidden states; `margin` grows with the distance from the largest."
     tuned:object = None         # a model fine-tuned on the rows; left exactly as it was found
@@ -233,9 +231,10 @@ class Cube(Clustering):
     max_length:int = 2048       # most tokens of a row
     budget:int|None = None      # most tokens in a batch
     threshold:str|float = field(default='clusters', kw_only=True)
+    at_least = dict(components=2, neighbours=2, max_length=2)
 
     def __post_init__(self):
-        super().__post_init__(); self.limits(components=2, neighbours=2, max_length=2)
+        super().__post_init__()
         if self.tokenizer is None or self.tuned is None and (self.model is None or self.tune is None):
             raise SettingError('cube needs a model that was fine-tuned on the rows: tuned= with tokenizer=, or model=, tokenizer= and tune=, a function (model, tokenizer, samples) that makes one.')
         Capture(self.tuned if self.tuned is not None else self.model)

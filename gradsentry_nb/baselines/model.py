@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np, torch
 
-from .text import Baseline, as_samples, detector, watched
+from .text import Baseline, detector, watched
 from ..capture import Capture, evaluating, pad_right
 from ..core import Sample, Scores, SettingError, choose, visible
-from ..data import Samples, encode_samples
-from ..sentry import NOT_FINITE, Sentry
+from ..data import Samples, as_samples, chat_parts, encode_samples
+from ..sentry import NOT_FINITE, Sentry, of_adapter
 from ..spectrum import STATISTICS, WINDOW
+from ..textstats import CJK
 
 # %% ../../nbs/31_baselines.model.ipynb #408142e0
 COLUMNS = {**STATISTICS, 'perplexity': 'exp of the mean loss'}
@@ -42,7 +43,7 @@ def need_model(detector):
         raise SettingError(f'{detector.name} needs a model and its tokenizer: make_detector({detector.name!r}, model, tokenizer).')
     Capture(detector.model)        # refuses a model that is no causal language model
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class SentryColumn(Baseline):
     "A detector that is one column of a Sentry scan; `column` is the class's own."
     model:object = None         # a causal language model before fine-tuning; left exactly as it was found
@@ -75,12 +76,10 @@ _GRADSENTRY = 'GradSentry, arXiv 2605.26574'
 
 @detector('gradsentry', needs='model', about='log-volume of the most surprising window of answer tokens', paper=_GRADSENTRY,
           differs='scores the volume that the tokens of a window span instead of the entropy of the whole spectrum, and cuts only at a valley')
-@dataclass(eq=False)
 class GradSentry(SentryColumn): "Sentry's default preset."
 
 @detector('gradsentry_paper', needs='model', about="spectral entropy of the cropped gradient", paper=_GRADSENTRY,
           differs='exact singular values from the factors, in the precision of the model, where the published code sketches a dense gradient in bfloat16')
-@dataclass(eq=False)
 class GradSentryPaper(SentryColumn):
     "Sentry's paper preset; an adapter's gradient is not cropped, as in the published code."
     crop:int = 8
@@ -88,41 +87,34 @@ class GradSentryPaper(SentryColumn):
     column = 'entropy'
 
     def __post_init__(self):
-        if 'lora' in (self.layer or '').lower(): self.crop = 1
+        if of_adapter(self.layer): self.crop = 1
         super().__post_init__()
 
 @detector('entropy', needs='model', about='spectral entropy of the whole gradient', paper=_GRADSENTRY, differs='no crop, and a cut only at a valley')
-@dataclass(eq=False)
 class Entropy(SentryColumn): "The published statistic on the whole gradient."; column = 'entropy'
 
 @detector('entropy_by_length', needs='model', about='spectral entropy over the most that an answer of its length can have', paper=_GRADSENTRY,
           differs='entropy of all singular values over ln T: the bound by answer length is divided out')
-@dataclass(eq=False)
 class EntropyByLength(SentryColumn): "The published statistic without its bound by answer length."; column = 'entropy_by_length'
 
 @detector('loss', needs='model', about='mean loss of the answer tokens', paper='none; the simplest score that asks a model',
           differs='there is nothing to differ from')
-@dataclass(eq=False)
 class Loss(SentryColumn): "Mean cross-entropy in nats per token."; column = 'loss'
 
 @detector('perplexity', needs='model', about='perplexity of the answer given the prompt', paper='none; the usual quality filter for fine-tuning data',
           differs='exp of the loss: the same order of rows, another scale for the cut')
-@dataclass(eq=False)
 class Perplexity(SentryColumn): "exp of the mean cross-entropy."; column = 'perplexity'
 
 @detector('grad_norm', needs='model', about="Frobenius norm of the head's gradient", paper='none; a baseline of arXiv 2504.09026',
           differs='norm of the output projection alone, of the mean loss')
-@dataclass(eq=False)
 class GradNorm(SentryColumn): "Norm of the gradient of the mean loss."; column = 'grad_norm'
 
 @detector('window_loss', needs='model', about='summed loss of the worst window of answer tokens', paper='none; what log-volume adds to it is the angles between gradients',
           differs='there is nothing to differ from')
-@dataclass(eq=False)
 class WindowLoss(SentryColumn): "The worst window's loss, without any gradient."; column = 'window_loss'
 
 # %% ../../nbs/31_baselines.model.ipynb #848ec6b5
-_EACH = '\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff'
-_SPAN = re.compile(rf'[{_EACH}]|[^\s{_EACH}]+')
+_SPAN = re.compile(rf'[{CJK}]|[^\s{CJK}]+')
 
 def asked(
     sample,            # a `Sample`
@@ -205,16 +197,15 @@ NO_WORDS = 'The prompt has fewer than two words, so none can be left out.'
 
 @detector('onion', needs='model', about='largest fall in perplexity when one word of the prompt is left out', paper='ONION, arXiv 2011.10369',
           differs='scores rows by their worst word, with the model at hand instead of GPT-2, and reads the last 96 tokens of a prompt instead of the first')
-@dataclass(eq=False)
 class Onion(Baseline):
     "The largest perplexity drop of leaving out one prompt word; `word` names it."
     model:object = None         # a causal language model; left exactly as it was found
     tokenizer:object = None     # its tokenizer
     max_tokens:int = 96         # about how many tokens of a prompt to read, from the end
     budget:int|None = None      # most tokens in a batch
-    statistic = 'perplexity drop'
+    statistic, at_least = 'perplexity drop', dict(max_tokens=1)
 
-    def __post_init__(self): super().__post_init__(); self.limits(max_tokens=1); need_model(self)
+    def __post_init__(self): super().__post_init__(); need_model(self)
     def columns(self, samples, progress=False):
         out = []
         for text, spans, p0, f in word_drops(samples, self.model, self.tokenizer, self.max_tokens, self.budget, progress):
@@ -247,4 +238,4 @@ def _asking(sample, text):
     if not sample.messages: return replace(sample, prompt=text)
     last = max(i for i, t in enumerate(sample.messages) if t['role'] != 'assistant')
     turns = tuple({**t, 'content': text} if i == last else t for i, t in enumerate(sample.messages))
-    return replace(sample, messages=turns, prompt='\n'.join(t['content'] for t in turns if t['role'] != 'assistant'))
+    return replace(sample, messages=turns, prompt=chat_parts(turns)[0])
