@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'CHUNK', 'NOT_FINITE', 'NO_GRADIENT', 'Settings', 'of_adapter', 'settings_for', 'load_model',
-           'ScanInterrupted', 'Sentry', 'verdict_of']
+           'ScanInterrupted', 'Sentry', 'Scan', 'verdict_of']
 
 # %% ../nbs/13_sentry.ipynb #91449a61
 import math, re
@@ -150,15 +150,15 @@ def _keep(done, s:Settings):
 
 _COLUMNS = 'tokens', 'entropy', 'entropy_by_length', 'effective_rank', 'log_volume', 'window_loss', 'grad_norm', 'loss', 'window_start', 'window_stop'
 
-def _frame(samples, encoded, rows, s:Settings):
-    "The frame of scores for the rows that were scored so far."
+def _frame(samples, encoded, rows, s:Settings, text=True):
+    "The frame of scores for the rows that were scored so far, with the text statistics of these rows."
     found = [rows.get(i, {}) for i in range(len(samples))]
     out = pd.DataFrame({c: [r.get(c, np.nan) for r in found] for c in _COLUMNS})
     out.insert(0, 'id', [x.id for x in samples]); out.insert(1, 'row', [x.row for x in samples])
     out['tokens'], out['cut'] = [e.tokens for e in encoded], [e.cut for e in encoded]
     problems = [r.get('problem') if e.tokens else EMPTY for r, e in zip(found, encoded)]
     out['problem'] = pd.Series(problems, dtype=object)
-    out = pd.concat([out, text_columns(samples)], axis=1)
+    if text: out = pd.concat([out, text_columns(samples)], axis=1)
     out['score'] = np.where(out['problem'].isna(), out[s.statistic].astype(float), np.nan)
     return out
 
@@ -238,14 +238,42 @@ def _encode(self, samples):
 Sentry.limit, Sentry.encode = _limit, _encode
 
 # %% ../nbs/13_sentry.ipynb #47a4044e
-def _part(self, samples, encoded, rows, notes):
-    "Scores of the rows that an interrupted scan has finished."
-    done = sorted(rows)
-    some = Samples([samples[i] for i in done], getattr(samples, 'source', 'rows'), getattr(samples, 'said', []))
-    frame = _frame(some, [encoded[i] for i in done], {n: rows[i] for n, i in enumerate(done)}, self.settings)
-    return Scores(frame, {**self.info(some, notes), 'interrupted': True})
+class Scan:
+    "A scan on its way: iterate over it to go on, and look at what is finished at any time."
+    def __init__(self,
+        sentry:Sentry,
+        samples,           # `Samples`, or anything that `load_samples` reads
+    ):
+        self.sentry, self.samples = sentry, as_samples(samples)
+        self.encoded, self.capture = sentry.encode(self.samples), sentry.capture()
+        self.rows, self.pending = {}, {}    # index -> statistics of finished rows; roots of rows that wait for them
+        self.total = sum(e.tokens > 0 for e in self.encoded)                   # rows with an answer
+    def __len__(self): return len(self.rows)+len(self.pending)                  # rows done
+    def __iter__(self):
+        "Yield the index of each row as it is done, in the order of the batches."
+        for i, f in self.capture(self.encoded):
+            self.pending[i] = _roots(f, self.sentry.settings)
+            if len(self.pending) >= CHUNK: self.flush()
+            yield i
+        self.flush()
 
-Sentry.part = _part
+    def flush(self):
+        "Make the statistics of all rows that are done."
+        if self.pending: self.rows.update(_keep(self.pending, self.sentry.settings)); self.pending = {}
+    def frame(self, at, text=True)->pd.DataFrame:
+        "The frame of the rows `at`, those that are not done without a score; `text`: with the text statistics, which take longer."
+        rows = {n: self.rows[i] for n, i in enumerate(at) if i in self.rows}
+        return _frame([self.samples[i] for i in at], [self.encoded[i] for i in at], rows, self.sentry.settings, text)
+    def partial(self)->Scores:
+        "Scores of the rows that are done."
+        self.flush()
+        done = sorted(self.rows)
+        some = Samples([self.samples[i] for i in done], self.samples.source, self.samples.said)
+        return Scores(self.frame(done), {**self.sentry.info(some, self.capture.notes), 'interrupted': True})
+    def scores(self)->Scores:
+        "Scores of all rows, when all are done."
+        notes = self.capture.notes+_notes(self.encoded, self.sentry.tokenizer)
+        return _checked(Scores(self.frame(range(len(self.samples))), self.sentry.info(self.samples, notes)))
 
 # %% ../nbs/13_sentry.ipynb #7198c90a
 def _score(self,
@@ -253,23 +281,15 @@ def _score(self,
     progress=True,      # True for a bar, False for silence, or a callable (done, total)
 )->Scores:
     "Score every row; rows that cannot be scored keep their place with a `problem`."
-    samples, s = as_samples(samples), self.settings
-    encoded, rows = self.encode(samples), {}
-    capture = self.capture()
-    tick, close = _bar(encoded, progress)
-    pending = {}
+    scan = Scan(self, samples)
+    tick, close = _bar(scan.encoded, progress)
     try:
-        for i, f in capture(encoded):
-            pending[i] = _roots(f, s)
-            if len(pending) >= CHUNK: rows.update(_keep(pending, s)); pending.clear()
-            tick(i)
-        rows.update(_keep(pending, s))
+        for i in scan: tick(i)
     except KeyboardInterrupt:
-        rows.update(_keep(pending, s))
-        self.partial = self.part(samples, encoded, rows, capture.notes)
+        self.partial = scan.partial()
         raise ScanInterrupted(self.partial) from None
     finally: close()
-    return self.checked(Scores(_frame(samples, encoded, rows, s), self.info(samples, capture.notes+_notes(encoded, self.tokenizer))))
+    return scan.scores()
 
 # %% ../nbs/13_sentry.ipynb #eaca1ab4
 def _notes(encoded, tokenizer):
@@ -277,13 +297,13 @@ def _notes(encoded, tokenizer):
     cut, n = sum(e.cut for e in encoded), len(encoded)
     return [f'{cut} of {n} rows were longer than the limit and were cut.']*(cut > 0) + ['The tokenizer has no end-of-text token; only the response was supervised.']*(tokenizer.eos_token_id is None)
 
-def _checked(self, scores):
+def _checked(scores):
     "Refuse scores that hold nothing."
     problems = scores.frame['problem']
     if (problems == NOT_FINITE).any() and not scores.scorable.any(): raise ModelError('The model returned NaN or inf for every row; are its weights broken, or is its dtype too narrow? Try dtype="float32" (--dtype float32).')
     return scores
 
-Sentry.info, Sentry.score, Sentry.checked = _info, _score, _checked
+Sentry.info, Sentry.score = _info, _score
 
 # %% ../nbs/13_sentry.ipynb #201dfba6
 def verdict_of(
