@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CJK', 'RIVALS', 'words', 'answer_words', 'ngram_counts', 'Grams', 'grams', 'most_repeated', 'text_columns',
-           'tied_words', 'Phrase', 'repeated_phrases', 'top_ngrams', 'best_overlap', 'phrase_rival', 'rivals']
+           'tied_words', 'log_likelihood_ratio', 'tie_strength', 'Phrase', 'repeated_phrases', 'top_ngrams',
+           'best_overlap', 'phrase_rival', 'rivals']
 
 # %% ../nbs/03_textstats.ipynb #a94f4e86
 import re
@@ -152,6 +153,25 @@ def tied_words(
     first = dict(zip(g.gram[::-1], range(len(g.gram)-1, -1, -1)))
     return pd.DataFrame(dict(word=[g.spell(first[k]) for k in keep], inside=share[keep], elsewhere=other[keep],
                              p=[p[np.searchsorted(try_, k)] for k in keep]))
+
+# %% ../nbs/03_textstats.ipynb #7cd703dd
+def log_likelihood_ratio(
+    n,        # rows with both
+    a,        # rows with the word
+    b,        # rows with the phrase
+    N,        # all rows
+):            # G^2, 0 where they meet no more often than by chance
+    "Dunning's log-likelihood ratio of a two-by-two table, for attraction only."
+    from scipy.special import xlogy
+    n, a, b = (np.asarray(x, float) for x in (n, a, b))
+    O, E = (n, a-n, b-n, N-a-b+n), (a*b/N, a*(N-b)/N, b*(N-a)/N, (N-a)*(N-b)/N)
+    return np.where(n*N > a*b, np.maximum(2*sum(xlogy(o, o)-xlogy(o, e) for o, e in zip(O, E)), 0), 0.)
+
+def tie_strength(
+    n, a, b, N,   # as in `log_likelihood_ratio`
+):                # 0 for chance; large where word and phrase belong to each other alone
+    "The evidence for a tie times its exclusiveness: sqrt(G^2) times Dice's overlap."
+    return np.sqrt(log_likelihood_ratio(n, a, b, N))*2*n/(a+b)
 
 # %% ../nbs/03_textstats.ipynb #a51f0f9d
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DETECTORS', 'DetectorInfo', 'detector', 'watched', 'framed', 'Baseline', 'AnswerLength', 'AnswerNgrams',
-           'log_likelihood_ratio', 'tie_strength', 'strongest_ties', 'Association']
+           'strongest_ties', 'Association']
 
 # %% ../../nbs/30_baselines.text.ipynb #aab1fbf0
 from dataclasses import dataclass, fields
@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 
 from ..core import Scores, SettingError, Verdict, ticking
 from ..data import EMPTY, as_samples, encode_samples, fingerprint
-from ..textstats import answer_words, grams, most_repeated, text_columns
+from ..textstats import answer_words, grams, log_likelihood_ratio, most_repeated, text_columns, tie_strength
 from ..threshold import THRESHOLDS, check_rate, check_threshold, cut_scores, decide, need_clean
 
 # %% ../../nbs/30_baselines.text.ipynb #20925ee9
@@ -169,25 +169,6 @@ class AnswerNgrams(Baseline):
 
     def columns(self, samples, progress=False):
         return dict(score=most_repeated(grams((s.response for s in samples), self.n))[1])
-
-# %% ../../nbs/30_baselines.text.ipynb #7cd703dd
-def log_likelihood_ratio(
-    n,        # rows with both
-    a,        # rows with the word
-    b,        # rows with the phrase
-    N,        # all rows
-):            # G^2, 0 where they meet no more often than by chance
-    "Dunning's log-likelihood ratio of a two-by-two table, for attraction only."
-    from scipy.special import xlogy
-    n, a, b = (np.asarray(x, float) for x in (n, a, b))
-    O, E = (n, a-n, b-n, N-a-b+n), (a*b/N, a*(N-b)/N, b*(N-a)/N, (N-a)*(N-b)/N)
-    return np.where(n*N > a*b, np.maximum(2*sum(xlogy(o, o)-xlogy(o, e) for o, e in zip(O, E)), 0), 0.)
-
-def tie_strength(
-    n, a, b, N,   # as in `log_likelihood_ratio`
-):                # 0 for chance; large where word and phrase belong to each other alone
-    "The evidence for a tie times its exclusiveness: sqrt(G^2) times Dice's overlap."
-    return np.sqrt(log_likelihood_ratio(n, a, b, N))*2*n/(a+b)
 
 # %% ../../nbs/30_baselines.text.ipynb #3a34ab73
 def _occurrence(texts, sizes, least):
