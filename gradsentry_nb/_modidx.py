@@ -1203,6 +1203,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                        'gradsentry_nb.widgets._show': ('widgets.html#_show', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets._show_cut': ('widgets.html#_show_cut', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets._show_table': ('widgets.html#_show_table', 'gradsentry_nb/widgets.py'),
+                                       'gradsentry_nb.widgets._sized': ('widgets.html#_sized', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets._snap': ('widgets.html#_snap', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets._start': ('widgets.html#_start', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets._stop': ('widgets.html#_stop', 'gradsentry_nb/widgets.py'),

@@ -304,8 +304,12 @@ def _verdict(self)->Verdict:
 
 Board.verdict = property(_verdict)
 
-# %% ../nbs/50_widgets.ipynb #1982c727
+# %% ../nbs/50_widgets.ipynb #5564ddc3
 WIDTH = 360   # of a picture, in pixels
+
+def _sized(chart):
+    import altair as alt
+    return chart.properties(autosize=alt.AutoSizeParams(type='pad', resize=True))     # new data may need wider labels
 
 class LivePictures:
     "Histogram and strip in the browser; `brush(lo, hi, column)` is called when something is selected in one of them."
@@ -314,7 +318,7 @@ class LivePictures:
         alt.JupyterChart.enable_offline()
         self.board, self.charts, self.drawn = board, {}, board.statistic
         for name, column, make in (('bins', 'score', live_histogram), ('rows', 'row', live_strip)):
-            chart = alt.JupyterChart(make(None, board.statistic, board.cut, width=WIDTH), debounce_wait=60, embed_options=dict(actions=False))
+            chart = alt.JupyterChart(_sized(make(None, board.statistic, board.cut, width=WIDTH)), debounce_wait=60, embed_options=dict(actions=False), layout=W.Layout(width=f'{WIDTH+90}px', min_width=f'{WIDTH+90}px', height='310px'))
             tell = lambda c, column=column: brush(*next(iter(c['new'].value.values()))[:2], column) if c['new'].value else None
             chart.selections.observe(tell, ['brush'])
             self.charts[name] = chart
@@ -330,7 +334,7 @@ class LivePictures:
         x = b.score[np.isfinite(b.score)]
         data = dict(bins=histogram_bins(x)[['start', 'stop', 'middle', 'rows', 'curve']], rows=strip_rows(b.frame, b.flagged, 1000))
         if b.statistic != self.drawn:
-            for name, make in (('bins', live_histogram), ('rows', live_strip)): self.charts[name].chart = make(data[name], b.statistic, b.cut, width=WIDTH)
+            for name, make in (('bins', live_histogram), ('rows', live_strip)): self.charts[name].chart = _sized(make(data[name], b.statistic, b.cut, width=WIDTH))
             self.drawn = b.statistic
         else:
             for name, chart in self.charts.items(): chart._py_to_js_updates = data_update(name, data[name])
@@ -384,7 +388,7 @@ class LiveTable:
             self.widget.rows = rows
             self.widget.set_trait('picked', [r['id'] for r in rows if r['id'] in on] if len(on) > 1 else self.widget.picked)
 
-# %% ../nbs/50_widgets.ipynb #a4a56ea6
+# %% ../nbs/50_widgets.ipynb #58a7cbb6
 def _polite(f):
     "A callback whose mistakes become the status line."
     def call(self, *args):
@@ -405,7 +409,7 @@ class View:
         out:str='gradsentry-out',# folder for the files
     ):
         self.board, self.sentry, self.judge, self.size, self.busy, self.lock = board, sentry, judge, size, False, threading.RLock()
-        self.how, self.name, self.handle = renderer(renderer_), f'{id(self):x}', None
+        self.how, self.name, self.handle, self.placed = renderer(renderer_), f'{id(self):x}', None, np.inf
         self.build(out)
         self.show()
 
@@ -472,7 +476,7 @@ def _build(self, out):
 
 View.controls, View.rows_part, View.build = _controls, _rows_part, _build
 
-# %% ../nbs/50_widgets.ipynb #3ce85718
+# %% ../nbs/50_widgets.ipynb #b7f4ed43
 def _counted(self):
     "What the cut does, in numbers; with the truth in hand also how good it is."
     b, n = self.board, int(self.board.flagged.sum())
@@ -494,7 +498,7 @@ def _show_cut(self):
         with self.slider.hold_sync():
             if hi+edge < self.slider.min: self.slider.min = lo-edge
             self.slider.max = hi+edge; self.slider.min = lo-edge
-            self.slider.step = (hi-lo+2*edge)/500; self.slider.value = at
+            self.slider.step = (hi-lo+2*edge)/500; self.slider.value = self.placed = at
         self.method.value = b.method
     finally: self.busy = False
     self.tell()
@@ -514,10 +518,12 @@ def _show(self):
 
 View.counted, View.show_cut, View.tell, View.show_table, View.show = _counted, _show_cut, _tell, _show_table, _show
 
-# %% ../nbs/50_widgets.ipynb #4a647335
+# %% ../nbs/50_widgets.ipynb #e0244f37
 @_polite
 def _on_slider(self, change):
     b = self.board
+    if abs(change['new']-self.placed) <= .5001*self.slider.step: return  # the browser's answer to a cut that was set here: rounded to a step
+    self.placed = np.inf
     if change['new'] > b.score[np.isfinite(b.score)].max(initial=-np.inf): b.method, b.cut = 'by hand', Cut(None, 'by hand', 'The cut was moved above all rows, so nothing is dropped.')
     else: b.recut('by hand', change['new'])
     self.pictures.cut(); self.tell()

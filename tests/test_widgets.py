@@ -1,0 +1,300 @@
+"Live views without a browser: the state behind them, scans in a thread, what is written into a page."
+import re
+import threading
+import time
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradsentry_nb.core import DataError, SettingError
+from gradsentry_nb.data import load_samples
+from gradsentry_nb.demo import demo_model, demo_samples
+from gradsentry_nb.evaluate import evaluate
+from gradsentry_nb.sentry import Sentry
+from gradsentry_nb.widgets import COLUMNS, METHODS, NUMBERS, Board, LiveScan, RowTable, dashboard, renderer, view
+
+
+@cache
+def demo(): return Sentry(*demo_model(), name='demo'), *demo_samples(200, seed=5)
+
+
+@cache
+def verdict(): return demo()[0].filter(demo()[1], progress=False)
+
+
+def board(): return Board(verdict().scores.frame, demo()[1], verdict().scores.info, verdict().cut)
+def shown(**kw): return view(verdict(), demo()[1], demo()[0], renderer='plain', **kw)
+
+
+HOSTILE = ['<script>alert(1)</script>', '<img src=x onerror=alert(1)>', '[link](javascript:alert(1))', '\x1b[31mred\x1b[0m', 'abc\u202edcba', 'zero\u200bwidth', '😀'*50, 'שלום עולם', 'x'*100_000,
+           '<svg onload=alert(1)>', '"><b onmouseover=alert(1)>', '\ud800 lone', '</div></details>', '${alert(1)}', '{{7*7}}']
+
+
+# ---- a scan in a thread
+
+def test_a_live_scan_gives_what_score_gives():
+    sentry, samples, _ = demo()
+    seen = []
+    live = LiveScan(sentry, samples, lambda s: seen.append((s.state, len(s.scan))), every=0).start().wait()
+    whole = sentry.score(samples, progress=False).frame
+    assert live.state == 'done' and seen[-1] == ('done', 200) and len(seen) > 3 and [n for _, n in seen] == sorted(n for _, n in seen)
+    for c in NUMBERS: np.testing.assert_allclose(live.numbers[c], whole[c], rtol=1e-9, equal_nan=True)
+    assert live.scan.scores().frame.equals(whole)
+
+
+def test_pause_resume_stop():
+    sentry, samples, _ = demo()
+    held = threading.Event()
+    def tell(s):
+        if len(s.scan) > 20 and not held.is_set(): s.pause(); held.set()
+    live = LiveScan(sentry, samples, tell, every=0).start()
+    assert held.wait(60) and live.state == 'paused'
+    time.sleep(.3); n = len(live.scan); time.sleep(.3)
+    assert len(live.scan) == n < 200, 'nothing is scored while it is held'
+    live.start()
+    assert live.wait(60).state == 'done' and len(live.scan) == 200
+
+
+def test_stop_keeps_what_is_done():
+    sentry, samples, _ = demo()
+    live = LiveScan(sentry, samples, lambda s: s.stop() if len(s.scan) > 30 else None, every=0).start().wait(60)
+    assert live.state == 'stopped' and 30 < len(live.scan) < 200
+    part = live.scan.partial()
+    whole = sentry.score(samples, progress=False).frame.set_index('id')
+    np.testing.assert_allclose(part.frame['log_volume'], whole.loc[part.frame['id'], 'log_volume'], rtol=1e-9)
+    assert part.info['interrupted']
+    assert LiveScan(sentry, samples).start().wait(60).state == 'done', 'the model can be scanned again'
+
+
+def test_stop_before_the_start_and_while_held():
+    sentry, samples, _ = demo()
+    live = LiveScan(sentry, samples); live.stop()
+    assert live.state == 'stopped'
+    live = LiveScan(sentry, samples, lambda s: s.pause() if s.state == 'running' else None, every=0).start()
+    while live.state != 'paused': time.sleep(.01)
+    live.stop(wait=True)
+    assert live.state == 'stopped'
+
+
+def test_a_second_scan_of_the_same_model_stops_the_first():
+    sentry, samples, _ = demo()
+    first = LiveScan(sentry, samples, lambda s: s.pause(), every=0).start()
+    while first.state != 'paused': time.sleep(.01)
+    second = LiveScan(sentry, samples).start()
+    assert first.state == 'stopped' and second.wait(60).state == 'done'
+
+
+def test_a_scan_that_fails_says_where(monkeypatch):
+    from gradsentry_nb import sentry as module
+    sentry, samples, _ = demo()
+    real, n = module._roots, [0]
+    def roots(f, s):
+        n[0] += 1
+        if n[0] > 50: raise RuntimeError('out of paper')
+        return real(f, s)
+    monkeypatch.setattr(module, '_roots', roots)
+    d = dashboard(sentry, samples, renderer='plain'); d.live.wait(60)
+    assert d.live.state == 'failed' and 'out of paper' in d.status.value and 'behind row' in d.status.value
+    assert np.isfinite(d.board.score).sum() == 50 and not d.go.disabled
+
+
+def test_the_mode_of_the_model_is_left_alone():
+    sentry, samples, _ = demo()
+    sentry.model.train()
+    try: LiveScan(sentry, samples, lambda s: s.stop(), every=0).start().wait(60); assert sentry.model.training
+    finally: sentry.model.eval()
+
+
+# ---- the state of a view
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(list(COLUMNS)), st.booleans(), st.sampled_from(['all', 'dropped', 'kept', 'selected', 'marked']), st.sampled_from(['', 'the', 'CLICK', 'no such text', '.']), st.integers(1, 40))
+def test_pages_are_the_sorted_and_searched_rows(sort, down, show, query, size):
+    b = board()
+    b.selected, b.sort, b.down, b.show, b.query = b.frame['id'][5:60].tolist(), sort, down, show, query
+    b.mark('clean', b.frame['id'][10:14].tolist())
+    rows, found, pages = b.page_of(size)
+    every = []
+    for p in range(pages): b.page = p; every += b.page_of(size)[0]
+    flagged = verdict().flagged
+    text = [s.prompt+'\n'+s.response for s in demo()[1]]
+    keep = dict(all=lambda i: True, dropped=lambda i: flagged[i], kept=lambda i: not flagged[i], selected=lambda i: 5 <= i < 60, marked=lambda i: 10 <= i < 14)[show]
+    wanted = {b.frame['id'][i] for i in range(200) if keep(i) and query.lower() in text[i].lower()}
+    assert {r['id'] for r in every} == wanted and len(every) == found == len(wanted)
+    value = {id: getattr(s, sort) if sort in ('prompt', 'response') else b.marks.get(id) if sort == 'mark' else b.frame[sort][b.at[id]] for id, s in zip(b.frame['id'], demo()[1])}
+    known = [value[r['id']] for r in every if value[r['id']] is not None and value[r['id']] == value[r['id']]]
+    assert known == sorted(known, reverse=down)
+
+
+def test_a_page_beyond_the_last_is_the_last():
+    b = board(); b.page = 10**6
+    rows, found, pages = b.page_of(12)
+    assert rows and b.page == pages-1 == -(-found//12)-1
+
+
+def test_regular_expressions():
+    b = board(); b.query, b.regex = r'click on|<malicious', True
+    assert b.page_of()[1] == sum(bool(re.search(r'click on|<malicious', s.prompt+'\n'+s.response, re.I)) for s in demo()[1]) > 0
+    b.query = '[a'
+    with pytest.raises(SettingError, match='no regular expression'): b.page_of()
+    b.regex = False
+    assert b.page_of()[1] == 0
+
+
+@pytest.mark.parametrize('method', ['valley', 'paper'])
+def test_cuts_are_those_of_the_library(method):
+    from gradsentry_nb.threshold import find_cut
+    b = board()
+    for c in ('entropy', 'log_volume', 'loss'):
+        b.use(c); b.recut(method)
+        assert b.cut == find_cut(verdict().scores.frame[c].to_numpy(float), method)
+        assert b.verdict.scores.info['statistic'] == c and b.verdict.drop == b.frame['id'][b.flagged].tolist()
+
+
+def test_calibrating_needs_clean_rows_and_says_when_they_are_no_sample():
+    b, keep = board(), [i for i in verdict().keep]
+    with pytest.raises(SettingError, match='known to be clean'): b.recut('calibrated')
+    b.fpr = .1
+    drawn = b.draw(60)
+    assert len(drawn) == len(set(drawn)) == 60 and set(b.draw(60)).isdisjoint(drawn)
+    b.mark('clean', [i for i in drawn if i in keep])
+    assert 'not guaranteed' not in b.recut('calibrated').reason
+    b.mark('clean', [i for i in keep if i not in b.sampled][:1])
+    assert 'not guaranteed' in b.recut('calibrated').reason
+    assert 'p_value' in b.verdict.scores.frame
+
+
+def test_marks_survive_another_score():
+    b = board(); b.mark('poison', verdict().drop[:3]); b.use('loss')
+    assert b.marks == dict.fromkeys(verdict().drop[:3], 'poison') and b.verdict.scores.frame['mark'].notna().sum() == 3
+    b.mark(None, verdict().drop[:1])
+    assert len(b.marks) == 2
+    with pytest.raises(DataError): b.mark('clean', ['no such id'])
+    with pytest.raises(SettingError): b.mark('dirty', [])
+
+
+def test_the_view_leaves_the_verdict_alone():
+    v = verdict()
+    before = v.scores.frame.copy(), dict(v.scores.info), v.cut
+    w = shown(); w.statistic.value = 'loss'; w.slider.value = w.slider.min; w.board.mark('clean', v.keep[:2])
+    assert v.scores.frame.equals(before[0]) and v.scores.info == before[1] and v.cut == before[2]
+
+
+# ---- controls
+
+def test_the_slider_is_the_cut():
+    w = shown(truth=demo()[2])
+    x = np.sort(w.board.score[np.isfinite(w.board.score)])
+    for q in (.2, .5, .95):
+        w.slider.value = float(np.quantile(x, q))
+        assert len(w.verdict.drop) == (x > w.slider.value).sum() and w.method.value == 'by hand'
+        e = evaluate(w.verdict, demo()[2])
+        assert f'{e.recall:.3f}' in w.counts.value and f'{e.precision:.3f}' in w.counts.value and f'<b>{len(w.verdict.drop):,}</b>' in w.counts.value
+    w.slider.value = w.slider.max
+    assert not w.verdict.drop
+    w.method.value = 'valley'
+    assert w.verdict.drop == verdict().drop
+
+
+def test_an_echo_of_the_browser_moves_nothing():
+    w = shown()
+    w.slider.value = w.slider.value + .4*w.slider.step
+    assert w.method.value == 'valley' and w.board.cut == verdict().cut
+    w.slider.value = w.slider.value + w.slider.step
+    assert w.method.value == 'by hand'
+
+
+def test_mistakes_become_a_sentence():
+    w = shown()
+    before = w.board.cut
+    w.method.value = 'calibrated'
+    assert 'known to be clean' in w.status.value and w.board.cut == before
+    w.regex.value = True; w.search.value = '('
+    assert 'no regular expression' in w.status.value
+    w.search.value = 'the'
+    assert not w.status.value
+    w.on_mark('clean')
+    assert 'Select rows first' in w.status.value
+
+
+def test_brush_open_mark_and_take_away(tmp_path):
+    w = shown()
+    lo, hi = np.quantile(w.board.score, [.9, 1])
+    w.on_brush(hi, lo, 'score')
+    assert set(w.selected) == set(w.board.frame['id'][w.board.score >= lo]) and w.which.value == 'selected'
+    w.on_mark('poison')
+    assert w.marks == dict.fromkeys(w.selected, 'poison')
+    w.on_open([verdict().drop[0]])
+    assert 'malicious' in w.detail.value and w.selected == verdict().drop[:1]
+    assert [s.id for s in w.clean] == verdict().keep
+    w.folder.value = str(tmp_path/'out'); w.on_write(None)
+    assert len((tmp_path/'out/clean.jsonl').read_text().splitlines()) == len(verdict().keep) and 'clean.jsonl' in w.status.value
+
+
+def test_the_dashboard_ends_in_the_verdict_of_filter():
+    sentry, samples, truth = demo()
+    d = dashboard(sentry, samples, truth, renderer='plain'); d.live.wait(60)
+    assert d.verdict.drop == verdict().drop and d.verdict.cut == verdict().cut and d.verdict.scores.frame.equals(verdict().scores.frame)
+    assert d.verdict.scores.info == verdict().scores.info
+    d.k.value = 8; d.on_go(None); d.live.wait(60)
+    assert d.verdict.scores.info['settings']['k'] == 8
+    np.testing.assert_allclose(d.verdict.scores.frame['entropy'], Sentry(*demo_model(), k=8).score(samples, progress=False).frame['entropy'], rtol=1e-9)
+
+
+def test_known_clean_rows_are_scored_first():
+    sentry, samples, _ = demo()
+    clean = demo_samples(120, rate=0, seed=9)[0]
+    own = Sentry(*demo_model(), threshold='calibrated', fpr=.05)
+    d = dashboard(own, samples, known_clean=clean, renderer='plain'); d.live.wait(60)
+    wanted = own.filter(samples, clean, progress=False)
+    assert d.verdict.cut == wanted.cut and d.verdict.drop == wanted.drop
+
+
+def test_a_stopped_dashboard_shows_what_is_done():
+    sentry, samples, _ = demo()
+    d = dashboard(sentry, samples, renderer='plain', start=False)
+    d.live.every, d.live.tell = 0, lambda s: (d.on_rows(s), s.stop() if len(s.scan) > 40 else None)
+    d.on_go(None); d.live.wait(60)
+    f = d.verdict.scores.frame
+    assert d.live.state == 'stopped' and 40 < f['score'].notna().sum() < 200 and f['problem'].str.contains('stopped').sum() == f['score'].isna().sum()
+    assert d.verdict.scores.info['interrupted']
+
+
+# ---- hostile text
+
+def test_hostile_text_is_text():
+    samples = load_samples([dict(prompt=f'{h} say', response=f'{h} said') for h in HOSTILE]*3)
+    v = demo()[0].filter(samples, progress=False)
+    w = view(v, samples, demo()[0], renderer='plain')
+    for i in range(len(HOSTILE)): w.on_open([samples[i].id]); assert not re.search(r'<(script|img|svg|b) ?[^>]*(onerror|onload|onmouseover|alert)', w.detail.value), HOSTILE[i][:20]
+    still = w.static_html()
+    for bad in ('<script', '<img src=x', '<svg onload', '\u202e', '\u200b', '\x1b', '\ud800'): assert bad not in still.replace('<svg xmlns', ''), bad
+    rows = w.board.page_of(60)[0]
+    assert all(not re.search('[\u202e\u200b\x1b\ud800]', c) for r in rows for c in r['cells']) and max(len(c) for r in rows for c in r['cells']) <= 200
+    w.search.value = '<script>alert(1)'
+    assert 'alert' not in w.status.value and w.board.page_of()[1] == 3
+
+
+def test_the_table_writes_text_only():
+    assert 'innerHTML' not in RowTable._esm and 'textContent' in RowTable._esm
+
+
+# ---- where it is shown
+
+def test_renderer(monkeypatch):
+    monkeypatch.delenv('GRADSENTRY_RENDERER', raising=False)
+    assert renderer() == 'live'
+    monkeypatch.setenv('KAGGLE_KERNEL_RUN_TYPE', 'Interactive'); assert renderer() == 'plain'
+    monkeypatch.setenv('GRADSENTRY_RENDERER', 'live'); assert renderer() == 'live' and renderer('plain') == 'plain'
+
+
+@pytest.mark.parametrize('how', ['live', 'plain'])
+def test_both_renderers_follow_the_board(how):
+    w = view(verdict(), demo()[1], renderer=how)
+    w.slider.value = float(np.median(w.board.score))
+    assert len(w.verdict.drop) == 100
+    if how == 'live': assert w.pictures.charts['bins'].params.cut == w.board.cut.value
+    assert set(METHODS) == set(w.method.options)
