@@ -806,7 +806,8 @@ def test_demo_rows_come_out_byte_for_byte(scanned):
 def start(*args, **kwargs):
     env = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED='1')
     return subprocess.Popen([sys.executable, '-m', 'gradsentry_nb.cli', *map(str, args)], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **kwargs)
+                            stderr=subprocess.PIPE, **kwargs,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a shell's background job starts with it ignored
 
 
 def test_process_refuses_and_scans(tmp_path):
