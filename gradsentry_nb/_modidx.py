@@ -427,6 +427,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                       'gradsentry_nb.charts._judged': ('charts.html#_judged', 'gradsentry_nb/charts.py'),
                                       'gradsentry_nb.charts._labels': ('charts.html#_labels', 'gradsentry_nb/charts.py'),
                                       'gradsentry_nb.charts._landmarks': ('charts.html#_landmarks', 'gradsentry_nb/charts.py'),
+                                      'gradsentry_nb.charts._layer_names': ('charts.html#_layer_names', 'gradsentry_nb/charts.py'),
                                       'gradsentry_nb.charts._live': ('charts.html#_live', 'gradsentry_nb/charts.py'),
                                       'gradsentry_nb.charts._live_rule': ('charts.html#_live_rule', 'gradsentry_nb/charts.py'),
                                       'gradsentry_nb.charts._marks': ('charts.html#_marks', 'gradsentry_nb/charts.py'),
