@@ -183,7 +183,9 @@ def _sampled(pick, flagged):
     among = f', {int(flagged[pick].sum()):,} of {_plural(int(flagged.sum()), "dropped row")} among them' if flagged.any() else ''
     return f'{len(pick):,} of {len(flagged):,} rows drawn, chosen by chance{among}'
 
-# %% ../nbs/14_charts.ipynb #5ebf7740
+# %% ../nbs/14_charts.ipynb #1105b4b8
+def _score_axis(statistic): return alt.Y('score:Q', title=_title(statistic), scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
+
 def _short(x): return [float(f'{v:.5g}') for v in np.asarray(x, float)]
 
 def _cut_line(cut, x, channel='y'):
@@ -201,7 +203,7 @@ def _bound(lo, hi, k=16):
     line = alt.Chart(pd.DataFrame(dict(T=T, most=np.log(np.minimum(T, k))/np.log(k))))
     return line.mark_line(color=GREY, strokeDash=[4, 3], strokeWidth=1.5).encode(x='T:Q', y='most:Q')
 
-# %% ../nbs/14_charts.ipynb #e2c95ac1
+# %% ../nbs/14_charts.ipynb #c15000f2
 LENGTHS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000]
 
 def score_by_length(
@@ -221,8 +223,7 @@ def score_by_length(
     data = pd.DataFrame(dict(T=T, score=_short(y), side=np.where(flagged[pick], 'dropped', 'kept')))
     X = alt.X('T:Q', title='supervised tokens of the answer (log scale)', scale=alt.Scale(type='log', nice=False, padding=8),
               axis=alt.Axis(grid=False, format='~s', values=LENGTHS))
-    Y = alt.Y('score:Q', title=_title(statistic), scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
-    points = alt.Chart(data).mark_circle(size=18, opacity=.65, clip=True).encode(X, Y, _sides())
+    points = alt.Chart(data).mark_circle(size=18, opacity=.65, clip=True).encode(X, _score_axis(statistic), _sides())
     bound = bound and statistic == 'entropy'
     line, absent = _cut_line(cut, y)
     layers = [points] + [_bound(T.min(), T.max(), k)]*bound + line
@@ -243,10 +244,15 @@ def strip_rows(
     pick = np.r_[np.flatnonzero(known)[thin_out(flagged[known], most)], np.flatnonzero(~known)[unscored]]
     return pd.DataFrame(dict(row=at[pick], score=np.where(known, x, np.nan)[pick])).sort_values('row', kind='stable', ignore_index=True)
 
-# %% ../nbs/14_charts.ipynb #8d856830
-def _unscored(data, X):
+# %% ../nbs/14_charts.ipynb #24b2bf9c
+def _row_axis():
+    scale, axis = alt.Scale(zero=False, nice=False, padding=6), alt.Axis(grid=False, tickCount=6, tickMinStep=1)
+    return alt.X('row:Q', title='row of the file (in scan order, from 0)', scale=scale, axis=axis)
+
+def _unscored(data):
     "Grey crosses at the foot of a strip."
-    return alt.Chart(data).mark_point(shape='cross', size=70, color=GREY, filled=True, opacity=1, yOffset=-5).encode(X, y=alt.value('height'), tooltip=['row:Q'])
+    mark = dict(shape='cross', size=70, color=GREY, filled=True, opacity=1, yOffset=-5)
+    return alt.Chart(data).mark_point(**mark).encode(_row_axis(), y=alt.value('height'), tooltip=['row:Q'])
 
 def score_strip(
     frame:pd.DataFrame,           # one row per sample, with `score` and, where it is there, `row`
@@ -261,10 +267,9 @@ def score_strip(
     data = strip_rows(frame, flagged, most)
     data['side'] = np.where(cut.flags(data['score']), 'dropped', 'kept')
     has = data['score'].notna()
-    X = alt.X('row:Q', title='row of the file (in scan order, from 0)', scale=alt.Scale(zero=False, nice=False, padding=6), axis=alt.Axis(grid=False, tickCount=6, tickMinStep=1))
-    Y = alt.Y('score:Q', title=_title(statistic), scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
-    points = alt.Chart(data[has].assign(score=_short(data['score'][has]))).mark_circle(size=18, opacity=.7).encode(X, Y, _sides(), tooltip=['row:Q', 'score:Q', 'side:N'])
-    crosses = [_unscored(data.loc[~has, ['row']], X)]*bool(bare)
+    points = alt.Chart(data[has].assign(score=_short(data['score'][has]))).mark_circle(size=18, opacity=.7)
+    points = points.encode(_row_axis(), _score_axis(statistic), _sides(), tooltip=['row:Q', 'score:Q', 'side:N'])
+    crosses = [_unscored(data.loc[~has, ['row']])]*bool(bare)
     line, absent = _cut_line(cut, data['score'][has])
     keep = cut.flags(known['score'])
     said = f'Grey crosses at the foot: {_plural(bare, "row")} without a score' + (f', {int((~has).sum()):,} of them drawn' if (~has).sum() < bare else '')
@@ -285,7 +290,7 @@ def _spread(x, title):
     title = title if kind == 'linear' else f'{title} (log scale)' if not title.endswith(')') else f'{title[:-1]}, log scale)'
     return alt.X('other:Q', title=title, scale=alt.Scale(type=kind, zero=False, nice=False, padding=8), axis=alt.Axis(grid=False, format='~g', **ticks))
 
-# %% ../nbs/14_charts.ipynb #e7442e38
+# %% ../nbs/14_charts.ipynb #0fcdf804
 def score_against(
     frame:pd.DataFrame,       # one row per sample, with `score` and `column`
     column:str,               # 'tokens', 'ngram_rows', 'loss', 'window_loss', 'grad_norm' ...
@@ -302,14 +307,14 @@ def score_against(
     flagged = cut.flags(y) if cut else np.zeros(len(y), bool)
     pick, r = thin_out(flagged, most), _rank_correlation(other, y)
     data = pd.DataFrame(dict(other=_short(other[pick]), score=_short(y[pick]), side=np.where(flagged[pick], 'dropped', 'kept')))
-    Y = alt.Y('score:Q', title=_title(statistic), scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
-    points = alt.Chart(data).mark_circle(size=18, opacity=.65).encode(_spread(other, _title(column)), Y, _sides() if cut else alt.ColorValue(KEPT))
+    color = _sides() if cut else alt.ColorValue(KEPT)
+    points = alt.Chart(data).mark_circle(size=18, opacity=.65).encode(_spread(other, _title(column)), _score_axis(statistic), color)
     line, absent = _cut_line(cut, y)
-    said = f'Rank correlation {r:.2f} over {_plural(len(y), "row")}' if np.isfinite(r) else f'No rank correlation: {"one of the two is constant" if len(y) > 1 else "one row only"}'
+    said = f'Rank correlation {r:.2f} over {_plural(len(y), "row")}' if np.isfinite(r) else 'No rank correlation: one of the two is constant'
     return themed(alt.layer(points, *line), f'Score against {_title(column)}', said, _sampled(pick, flagged),
                   f'{_plural(left, "row")} without both numbers not shown' if left else '', absent)
 
-# %% ../nbs/14_charts.ipynb #49c5932d
+# %% ../nbs/14_charts.ipynb #419bfa38
 NAMES = 10  # things that one chart can tell apart
 HUES = [KEPT, DROPPED, '#009E73', NOTE, '#CC79A7', CURVE, '#999933', GREY, '#A6703A', '#8C6BB1']   # the rest of Okabe and Ito's, then others
 DASHES = [[1, 0], [6, 3], [2, 2], [10, 3], [8, 2, 2, 2]]
@@ -319,7 +324,8 @@ def _who(names, column='defence', room=600):
     "Colour, shape and dash of each name, always the same ones, so that none is needed alone."
     names = list(dict.fromkeys(names))
     columns = max(1, min(3, room//(7*max(map(len, map(str, names)), default=1)+30)))
-    wrap = lambda kind, x: kind(f'{column}:N', sort=names, scale=alt.Scale(domain=names, range=[x[i % len(x)] for i in range(len(names))]), legend=alt.Legend(columns=columns, symbolSize=70))
+    scale = lambda x: alt.Scale(domain=names, range=[x[i % len(x)] for i in range(len(names))])
+    wrap = lambda kind, x: kind(f'{column}:N', sort=names, scale=scale(x), legend=alt.Legend(columns=columns, symbolSize=70))
     return wrap(alt.Color, HUES), wrap(alt.Shape, SHAPES), wrap(alt.StrokeDash, DASHES)
 
 # %% ../nbs/14_charts.ipynb #4c3e1387
@@ -341,12 +347,12 @@ def _spectrum(s, k):
     share = s/s.sum() if len(s) else s
     return pd.DataFrame(dict(rank=rank, share=share[rank-1]))[lambda d: d['share'] >= 1e-9], float(-(p*np.log(p)).sum()/np.log(k)), len(s)
 
-# %% ../nbs/14_charts.ipynb #4b2f3226
+# %% ../nbs/14_charts.ipynb #5d7dab6c
 def _spectrum_lines(d, names, longest):
     "One line and one shape for each spectrum."
     color, shape, _ = _who(names, 'name', 380)
     far = longest > 50
-    X = alt.X('rank:Q', title='singular value, largest first (rank'+', log scale)'*far+')'*(not far), axis=alt.Axis(grid=False, tickCount=8, format='~g', tickMinStep=1, labelSeparation=6),
+    X = alt.X('rank:Q', title=f'singular value, largest first (rank{", log scale"*far})', axis=alt.Axis(grid=False, tickCount=8, format='~g', tickMinStep=1, labelSeparation=6),
               scale=alt.Scale(type='log' if far else 'linear', nice=False, padding=8, zero=False))
     Y = alt.Y('share:Q', title='share of the sum (log scale)', scale=alt.Scale(type='log'), axis=alt.Axis(tickCount=5, format='~g'))
     d = d.assign(share=_short(d['share']))
@@ -374,12 +380,14 @@ def spectra(
     return themed(alt.layer(*layers), 'Singular values of the gradient', f'Beside each name: the entropy of its top {k} values (0 to 1)',
                   '' if longest > k else f'None has more than {k} values, so all of them count', f'{len(made):,} of {len(every):,} spectra drawn' if left else '')
 
-# %% ../nbs/14_charts.ipynb #ba56a770
+# %% ../nbs/14_charts.ipynb #73d6bc0b
 def _tips(d, texts):
     "Columns of short, visible text for tooltips, and the tooltips. A viewer would load what a field called image names, so no field is."
     title = lambda c: f'{c}:' if c.lower() in ('image', 'title') else c
     cells = {f't{i}': [visible(str(v)[:320], 80) for v in d[c]] for i, c in enumerate(texts)}
     return cells, [alt.Tooltip(f'{key}:N', title=title(name)) for key, name in zip(cells, _labels(texts, 40))]
+
+def _absent(there, sentence): return '' if there.all() else sentence.format(_plural(int((~there).sum()), 'row'))
 
 def _heat(score, cut, statistic):
     "Colours for scores: blue, grey at the cut, vermilion; the outer hundredth on either side shares a colour."
@@ -389,7 +397,7 @@ def _heat(score, cut, statistic):
     legend = alt.Legend(title=_title(statistic), gradientLength=180, format='~g', tickCount=4)
     return alt.Color('score:Q', scale=alt.Scale(domain=[float(lo), float(middle), float(hi)], range=[KEPT, '#A0A0A0', DROPPED], clamp=True), legend=legend)
 
-# %% ../nbs/14_charts.ipynb #a2acbcd0
+# %% ../nbs/14_charts.ipynb #56ac339c
 def sample_map(
     frame:pd.DataFrame,        # one row per sample, with `x`, `y`, `score`
     cut:Cut|None=None,         # the line between keep and drop: rows above it are drawn first of all
@@ -408,20 +416,21 @@ def sample_map(
     for c in texts: choose('column', c, list(frame))
     cells, tips = _tips(d.iloc[pick], texts)
     x = d['score'].to_numpy(float); known = np.isfinite(x)
-    data = pd.DataFrame(dict(x=_short(d['x'].iloc[pick]), y=_short(d['y'].iloc[pick]), score=_short(np.where(known, x, np.nan)[pick]), **cells)).sort_values('score', kind='stable')
-    X, Y = (alt.X('x:Q', title=axes[0], axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=False)), alt.Y('y:Q', title=axes[1], axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=False)))
-    bare = data[data['score'].isna()]
-    layers = [alt.Chart(bare).mark_point(shape='cross', color=GREY, size=30).encode(X, Y, tooltip=tips)]*bool(len(bare))
-    layers += [alt.Chart(data.dropna(subset='score')).mark_circle(size=26, opacity=.75).encode(X, Y, _heat(x[known], cut, statistic), tooltip=['score:Q', *tips])]*bool(known[pick].any())
-    return themed(alt.layer(*layers), 'Samples by their gradients', _sampled(pick, flagged), f'Grey crosses: {_plural(int((~known).sum()), "row")} without a score' if len(bare) else '',
-                  f'{_plural(int((~place).sum()), "row")} without a place not shown' if not place.all() else '', height=280)
+    data = pd.DataFrame(dict(x=_short(d['x'].iloc[pick]), y=_short(d['y'].iloc[pick]), score=_short(np.where(known, x, np.nan)[pick]), **cells))
+    bare, has = data[data['score'].isna()], data.dropna(subset='score').sort_values('score', kind='stable')
+    XY = [kind(c, title=title, axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=False)) for kind, c, title in zip((alt.X, alt.Y), ('x:Q', 'y:Q'), axes)]
+    layers = [alt.Chart(bare).mark_point(shape='cross', color=GREY, size=30).encode(*XY, tooltip=tips)]*bool(len(bare))
+    if len(has): layers.append(alt.Chart(has).mark_circle(size=26, opacity=.75).encode(*XY, _heat(x[known], cut, statistic), tooltip=['score:Q', *tips]))
+    return themed(alt.layer(*layers), 'Samples by their gradients', _sampled(pick, flagged), _absent(known, 'Grey crosses: {} without a score'),
+                  _absent(place, '{} without a place not shown'), height=280)
 
-# %% ../nbs/14_charts.ipynb #410cc16b
+# %% ../nbs/14_charts.ipynb #34ec2283
 def _truth(frame, truth):
     "The truth as booleans, one for each row of the frame."
     y = np.asarray(truth)
     if y.shape != (len(frame),): raise SettingError(f'The truth has {y.size:,} values for {_plural(len(frame), "row")}; give one per row, in the order of the frame.')
-    if y.dtype != bool and not np.isin(y, [0, 1]).all(): raise SettingError('The truth holds something else than True and False; give True for a planted row and False for a clean one.')
+    if y.dtype != bool and not np.isin(y, [0, 1]).all():
+        raise SettingError('The truth holds something else than True and False; give True for a planted row and False for a clean one.')
     return y.astype(bool)
 
 def _ranking(score, y):
@@ -438,7 +447,7 @@ def _thin_curve(tp, fp, most=400):
     even = [np.searchsorted(c, np.linspace(0, c[-1], most//2)) for c in (tp, fp)]
     return np.unique(np.r_[0, np.concatenate(even), len(tp)-1])
 
-# %% ../nbs/14_charts.ipynb #584529b8
+# %% ../nbs/14_charts.ipynb #591bcc52
 def _rates(tp, fp):
     "Recall, false-positive rate and precision along a ranking, and the areas under precision-recall and ROC."
     recall, fpr = tp/tp[-1], fp/fp[-1]
@@ -451,35 +460,41 @@ def _curve_chart(curves, point, chance, X, Y, step):
     d = pd.concat([pd.DataFrame(dict(x=_short(x), y=_short(y), at=range(len(x)), name=n)) for n, (x, y) in curves.items()], ignore_index=True)
     axis = lambda kind, c, title: kind(f'{c}:Q', title=title, scale=alt.Scale(domain=[0, 100], padding=4, nice=False), axis=alt.Axis(tickCount=5))
     color, _, dash = _who(names, 'name', 380)
-    lines = alt.Chart(d).mark_line(strokeWidth=2, interpolate='step-before' if step else 'linear').encode(axis(alt.X, 'x', X), axis(alt.Y, 'y', Y), color, dash, order='at:Q')
+    lines = alt.Chart(d).mark_line(strokeWidth=2, interpolate='step-before' if step else 'linear')
+    lines = lines.encode(axis(alt.X, 'x', X), axis(alt.Y, 'y', Y), color, dash, order='at:Q')
     floor = alt.Chart(pd.DataFrame(chance, columns=['x', 'y'])).mark_line(color=GREY, strokeDash=[2, 3], strokeWidth=1.5).encode(x='x:Q', y='y:Q')
     if point is None: return alt.layer(floor, lines)
     at = alt.Chart(pd.DataFrame([point], columns=['x', 'y', 'text'])).encode(x='x:Q', y='y:Q')
-    right = point[0] > 60
+    right, text = point[0] > 60, dict(color=WORDS, fontWeight='bold', fontSize=12, dy=14 if point[1] > 15 else -12)
     return alt.layer(floor, lines, at.mark_point(shape='diamond', size=110, filled=True, color=NOTE, opacity=1, stroke='white', strokeWidth=1),
-                     at.mark_text(align='right' if right else 'left', dx=-8 if right else 8, dy=14 if point[1] > 15 else -12, color=WORDS, fontWeight='bold', fontSize=12).encode(text='text:N'))
+                     at.mark_text(align='right' if right else 'left', dx=-8 if right else 8, **text).encode(text='text:N'))
 
-# %% ../nbs/14_charts.ipynb #294f2f22
+# %% ../nbs/14_charts.ipynb #44b564b7
+def _operating_point(frame, y, cut, which):
+    "Where the cut of `score` stands, in percent, with its words; None where it drops nothing."
+    if cut is None or not (dropped := cut.flags(frame['score'])).any(): return None
+    tp, fp = int((dropped & y).sum()), int((dropped & ~y).sum())
+    recall, words = 100*tp/y.sum(), f'cut {cut.value:.4g}'
+    return (recall, 100*tp/(tp+fp), words) if which == 'pr' else (100*fp/(~y).sum(), recall, words)
+
 def _judged(frame, truth, columns, cut, which):
-    "What both charts with truth share: rankings, areas, the cut's own point and the sentences."
-    y = _truth(frame, truth); columns = list(columns)
+    "What both charts with truth are made of: curves by name, the cut's own point and the sentences; None where one kind of rows is missing."
+    y, columns = _truth(frame, truth), list(columns)
     for c in columns: choose('column', c, list(frame))
     if not columns or y.all() or not y.any(): return None
-    made, drawn, areas = {}, 0, []
+    made, areas, thinned = {}, [], False
     for c, name in zip(columns[:NAMES], _labels(columns[:NAMES])):
         tp, fp = _ranking(frame[c].to_numpy(float), y)
-        recall, fpr, precision, *area = _rates(tp, fp)
-        pick = _thin_curve(tp, fp); drawn = max(drawn, len(tp)-len(pick))
-        made[name] = (100*recall[pick], 100*(precision if which == 'pr' else fpr)[pick])
-        areas.append(f'{name} {area[which != "pr"]:.3f}')
-    point = None
-    if cut is not None and cut.separated and (dropped := cut.flags(frame['score'])).any():
-        tp, fp = int((dropped & y).sum()), int((dropped & ~y).sum())
-        point = 100*tp/y.sum(), 100*(tp/(tp+fp) if which == 'pr' else fp/(~y).sum()), f'cut {cut.value:.4g}'
-    said = [f'{"Average precision" if which == "pr" else "Area under the curve"}: {", ".join(areas)}', f'Dotted grey: chance, with {int(y.sum()):,} of {_plural(len(y), "row")} planted',
-            'Drawn through some of the points; the area counts all rows' if drawn else '']
-    return y, made, point, said
+        recall, fpr, precision, ap, auroc = _rates(tp, fp)
+        pick = _thin_curve(tp, fp); thinned |= len(pick) < len(tp)
+        made[name] = tuple(100*x[pick] for x in ((recall, precision) if which == 'pr' else (fpr, recall)))
+        areas.append(f'{name} {ap if which == "pr" else auroc:.3f}')
+    said = [f'{"Average precision" if which == "pr" else "Area under the curve"}: {", ".join(areas)}',
+            f'Dotted grey: chance, with {int(y.sum()):,} of {_plural(len(y), "row")} planted',
+            'Drawn through some of the points; the area counts all rows' if thinned else '']
+    return made, _operating_point(frame, y, cut, which), said, 100*y.mean()
 
+# %% ../nbs/14_charts.ipynb #8cb1e19b
 def precision_recall(
     frame:pd.DataFrame,        # one row per sample, with the columns below
     truth,                     # [N] bool: planted? In the order of the frame
@@ -489,8 +504,7 @@ def precision_recall(
     "Precision over recall at every cut, with the average precision."
     judged = _judged(frame, truth, columns, cut, 'pr')
     if judged is None: return _empty('precision needs planted rows and clean ones')
-    y, made, point, said = judged
-    share = 100*y.mean()
+    made, point, said, share = judged
     return themed(_curve_chart(made, point, [(0, share), (100, share)], 'recall (% of planted rows dropped)', 'precision (% of dropped rows planted)', True),
                   'Precision and recall at every cut', *said, height=260)
 
@@ -501,12 +515,11 @@ def roc(
     "Recall over the false-positive rate at every cut, with the area under the curve."
     judged = _judged(frame, truth, columns, cut, 'roc')
     if judged is None: return _empty('a ROC curve needs planted rows and clean ones')
-    y, made, point, said = judged
-    curves, point = {n: (fpr, recall) for n, (recall, fpr) in made.items()}, point and (point[1], point[0], point[2])
-    return themed(_curve_chart(curves, point, [(0, 0), (100, 100)], 'false-positive rate (% of clean rows dropped)', 'recall (% of planted rows dropped)', False),
+    made, point, said, _ = judged
+    return themed(_curve_chart(made, point, [(0, 0), (100, 100)], 'false-positive rate (% of clean rows dropped)', 'recall (% of planted rows dropped)', False),
                   'Recall and false positives at every cut', *said, height=260)
 
-# %% ../nbs/14_charts.ipynb #a18e24fb
+# %% ../nbs/14_charts.ipynb #8f08dbe9
 def layer_bins(
     frame:pd.DataFrame,     # one row per layer and sample, with `layer`, `row`, `value`
     order:str='mean',       # 'mean' over the layers, 'row', or another column of the frame: 'score'
@@ -522,8 +535,8 @@ def layer_bins(
     rank = np.empty(n, int); rank[np.argsort(by, kind='stable')] = np.arange(n)
     cell = layer[ok]*k + rank[row[ok]]*k//max(n, 1)
     edge = -(-np.arange(k+1)*n//max(k, 1))
-    out = pd.DataFrame(dict(layer=np.repeat(np.asarray(layers, object), k), start=np.tile(edge[:-1], L), stop=np.tile(edge[1:], L), value=_group_mean(cell, L*k, value[ok])))
-    return out.dropna(subset='value', ignore_index=True)
+    out = dict(layer=np.repeat(np.asarray(layers, object), k), start=np.tile(edge[:-1], L), stop=np.tile(edge[1:], L), value=_group_mean(cell, L*k, value[ok]))
+    return pd.DataFrame(out).dropna(subset='value', ignore_index=True)
 
 def _group_mean(group, n, x):
     "Mean of the finite `x` in each of n groups; NaN where there is none."
@@ -531,7 +544,7 @@ def _group_mean(group, n, x):
     count = np.bincount(group[ok], minlength=n)
     return np.where(count, np.bincount(group[ok], x[ok], n)/np.maximum(count, 1), np.nan)
 
-# %% ../nbs/14_charts.ipynb #60b0e70f
+# %% ../nbs/14_charts.ipynb #5cebf931
 def _layer_names(layers):
     "Names without what they all begin with, the end kept where they are long; and that beginning."
     seen = [visible(str(x)[-160:]) for x in layers]
@@ -552,15 +565,16 @@ def layer_map(
     width, lap = 380, d['stop'].max()/380/2      # half a pixel under the next column, or the page would shine through
     d = d.assign(layer=d['layer'].map(names), until=np.minimum(d['stop']+lap, n), value=_short(d['value']))
     per = (d['stop']-d['start']).max()
-    X = alt.X('start:Q', title=f'samples by {dict(mean="their mean over the layers", row="row").get(order, _title(order))} (rank, from 0)', scale=alt.Scale(domain=[0, n], nice=False, zero=False),
-              axis=alt.Axis(grid=False, tickCount=6, tickMinStep=1))
+    by = dict(mean='their mean over the layers', row='row').get(order, _title(order))
+    X = alt.X('start:Q', title=f'samples by {by} (rank, from 0)', scale=alt.Scale(domain=[0, n], nice=False, zero=False), axis=alt.Axis(grid=False, tickCount=6, tickMinStep=1))
     Y = alt.Y('layer:N', sort=list(names.values()), title='layer', axis=alt.Axis(labelOverlap=True), scale=alt.Scale(paddingInner=0))
     C = alt.Color('value:Q', scale=alt.Scale(scheme='viridis'), legend=alt.Legend(title=_title(statistic), gradientLength=180, format='~g', tickCount=4))
     tips = ['layer:N', alt.Tooltip('start:Q', title='from rank'), alt.Tooltip('stop:Q', title='up to'), 'value:Q']
     fields = alt.Chart(d).mark_rect(clip=True).encode(X, alt.X2('until:Q'), Y, C, tooltip=tips)
     step = int(np.clip(420/len(layers), 3, 22))
     said = f'{n:,} samples in {d["start"].nunique()} columns, each the mean of up to {per:,}' if per > 1 else ''
-    return themed(fields.properties(height=alt.Step(step)), 'Layer by layer', said, f'The names of the layers begin with {prefix}' if prefix else '', width=width, height=None)
+    begin = f'The names of the layers begin with {prefix}' if prefix else ''
+    return themed(fields.properties(height=alt.Step(step)), 'Layer by layer', said, begin, width=width, height=None)
 
 # %% ../nbs/14_charts.ipynb #87cf724b
 FAR = 1e300  # what `cut` is when there is none: a parameter that began as a number takes no None
@@ -589,19 +603,20 @@ def _live(layers, name, frame, cut, title, lines, size):
     data = alt.InlineData(values=[] if frame is None else as_values(frame), name=name)
     return themed(alt.layer(*layers, data=data).add_params(brush, at), title, *lines, width=size[0], height=size[1])
 
-# %% ../nbs/14_charts.ipynb #7f5b48ef
-_SAY = "cut > 1e299 ? 'no cut' : cut > datum.hi ? 'cut '+format(cut, '.4~g')+', above all' : cut < datum.lo ? 'cut '+format(cut, '.4~g')+', below all' : 'cut '+format(cut, '.4~g')"
+# %% ../nbs/14_charts.ipynb #515e1f37
+_SAY = "cut > 1e299 ? 'no cut' : 'cut '+format(cut, '.4~g')+(cut > datum.hi ? ', above all' : cut < datum.lo ? ', below all' : '')"
 
 def _live_rule(lo, hi, channel):
     "The parameter `cut` as a rule with a label, kept inside of the data."
-    base = alt.Chart().transform_aggregate(lo=f'min({lo})', hi=f'max({hi})').transform_calculate(at='clamp(cut, datum.lo, datum.hi)', text=_SAY, right='datum.at > (datum.lo+datum.hi)/2')
+    base = alt.Chart().transform_aggregate(lo=f'min({lo})', hi=f'max({hi})').transform_filter('isValid(datum.lo)')
+    base = base.transform_calculate(at='clamp(cut, datum.lo, datum.hi)', text=_SAY, right='datum.at > (datum.lo+datum.hi)/2')
     rule = base.transform_filter('datum.lo <= cut && cut <= datum.hi').mark_rule(color=NOTE, strokeWidth=2, strokeDash=[6, 3])
     text = dict(color=WORDS, fontWeight='bold', fontSize=12, baseline='top' if channel == 'x' else 'bottom')
     if channel == 'y': return [rule.encode(y='at:Q'), base.mark_text(align='right', dy=-3, **text).encode(y='at:Q', x=alt.value('width'), text='text:N')]
     return [rule.encode(x='at:Q'), *(base.transform_filter(f).mark_text(align=a, dx=d, **text).encode(x='at:Q', y=alt.value(2), text='text:N')
                                      for f, a, d in (('datum.right', 'right', -6), ('!datum.right', 'left', 6)))]
 
-# %% ../nbs/14_charts.ipynb #c1c543ea
+# %% ../nbs/14_charts.ipynb #22e130b7
 def live_histogram(
     bins:pd.DataFrame|None=None,  # of `histogram_bins`; None: nothing yet. The data source is called 'bins'
     statistic:str='score',        # what the score is, for the axis
@@ -627,11 +642,10 @@ def live_strip(
     cut:Cut|float|None=None, title:str='', *lines:str, width:int=380, height:int=210,
 ):                                # an `alt.LayerChart` with the parameters `cut` and `brush`
     "A strip in scan order whose data and cut can be changed while it is on screen."
-    X = alt.X('row:Q', title='row of the file (in scan order, from 0)', scale=alt.Scale(zero=False, nice=False, padding=6), axis=alt.Axis(grid=False, tickCount=6, tickMinStep=1))
-    Y = alt.Y('score:Q', title=_title(statistic), scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
     side = "datum.score > cut ? 'dropped' : 'kept'"
-    points = alt.Chart().transform_filter('isValid(datum.score)').transform_calculate(side=side).mark_circle(size=18, opacity=.7).encode(X, Y, _sides(), tooltip=['row:Q', 'score:Q'])
-    bare = _unscored(alt.Undefined, X).transform_filter('!isValid(datum.score)')
+    points = alt.Chart().transform_filter('isValid(datum.score)').transform_calculate(side=side).mark_circle(size=18, opacity=.7)
+    points = points.encode(_row_axis(), _score_axis(statistic), _sides(), tooltip=['row:Q', 'score:Q'])
+    bare = _unscored(alt.Undefined).transform_filter('!isValid(datum.score)')
     return _live([points, bare, *_live_rule('score', 'score', 'y')], 'rows', rows, cut, title, lines, (width, height))
 
 # %% ../nbs/14_charts.ipynb #295075d4
