@@ -195,14 +195,15 @@ class RowExplanation:
         top = self.tokens.nlargest(3, 'contribution')
         return f'RowExplanation(row {self.sample.row}, {self.statistic} {self.score:.4g}, {len(self.tokens)} tokens, most from {", ".join(repr(visible(t or s)) for t, s in zip(top.text, top.special))})'
 
-# %% ../nbs/15_explain.ipynb #6fce82bc
+# %% ../nbs/15_explain.ipynb #9862ad72
 def _token_frame(sentry, sample, encoded, loss, parts, stats):
     "The tokens of a row with what they contribute."
     text, spans = supervised_spans(sample, sentry.tokenizer, encoded)
     ids, special = encoded.ids[encoded.supervised].tolist(), set(sentry.tokenizer.all_special_ids)
     n, name = np.arange(len(ids)), sentry.tokenizer.convert_ids_to_tokens
     window = (n >= stats['window_start']) & (n < stats['window_stop'])
-    return text, pd.DataFrame(dict(token=n, text=[text[a:b] for a, b in spans], start=[a for a, _ in spans], stop=[b for _, b in spans], loss=loss,
+    said = pd.Series([text[a:b] for a, b in spans], dtype=object)             # as objects: columns of strings refuse lone surrogates
+    return text, pd.DataFrame(dict(token=n, text=said, start=[a for a, _ in spans], stop=[b for _, b in spans], loss=loss,
                                    contribution=parts, in_window=window, special=[str(name(i)) if i in special else '' for i in ids]))
 
 def _row_factors(sentry, encoded):
@@ -217,7 +218,7 @@ def _row_factors(sentry, encoded):
         import torch
         return r, torch.linalg.svdvals(core(f)), _position_shares(f), IN_A_LAYER
 
-# %% ../nbs/15_explain.ipynb #51c70cc6
+# %% ../nbs/15_explain.ipynb #f018c8ac
 def explain_row(
     sentry,            # a `Sentry`
     sample,            # one `Sample` (or a dict that `load_samples` reads)
@@ -232,7 +233,8 @@ def explain_row(
     if isinstance(found, str): raise DataError(f'{where}: {found[0].lower()}{found[1:]}')
     r, s, parts, about = found
     stats = statistics([r], sentry.settings.k, sentry.settings.window)[0]
-    if not math.isfinite(stats[sentry.settings.statistic]): raise DataError(f'{where}: {NOT_FINITE[0].lower()}{NOT_FINITE[1:]}')
+    if not math.isfinite(stats['entropy']): raise DataError(f'{where}: {NOT_FINITE[0].lower()}{NOT_FINITE[1:]}')
+    if not math.isfinite(stats[sentry.settings.statistic]): raise DataError(f'{where}: {sentry.settings.statistic} is not defined for a single token.')
     text, tokens = _token_frame(sentry, sample, encoded, r.loss.double().cpu().numpy(), parts.double().cpu().numpy(), stats)
     notes = ('The row was longer than the limit and was cut; what was cut off is not shaded.',)*encoded.cut
     return RowExplanation(sample, tokens, s.double().cpu().numpy(), sentry.settings.statistic, stats, about, text, notes)
@@ -381,7 +383,7 @@ def text_features(
     single = {name(k)[1][0][0]: k for k in np.unique(blocks[0][1]).tolist()}
     return Features(texts, text[order], feature[order], np.bincount(feature, minlength=offset[-1]), name, [words(t) for t in texts], single)
 
-# %% ../nbs/15_explain.ipynb #bd487d68
+# %% ../nbs/15_explain.ipynb #a063fade
 FAMILIES = 4   # features of prompts, pairs of prompt words, features of answers, pairs of both
 
 @dataclass(frozen=True, eq=False)
@@ -414,11 +416,13 @@ def _measured(text, kind, parts, rows, inside, tried):
 
 def stands_out(
     c:Candidate,      # measured
-    base:float,       # share of all rows that were dropped
+    dropped:int,      # rows dropped
+    kept:int,         # rows kept
     level:float=LEVEL,
 )->bool:
-    "Beyond chance, and more of the dropped rows than of the kept?"
-    return c.p <= level and c.exclusive-base >= .5*(1-base)
+    "Beyond chance, and either hardly anywhere else or in most dropped rows and ten times as frequent there."
+    base, share, other = dropped/max(dropped+kept, 1), c.inside/max(dropped, 1), c.elsewhere/max(kept, 1)
+    return c.p <= level and (c.exclusive-base >= 2/3*(1-base) or share >= .5 and share >= 10*other)
 
 # %% ../nbs/15_explain.ipynb #fd730294
 def over_represented(
@@ -436,7 +440,7 @@ def over_represented(
     order = np.lexsort((found, -strength[found]))
     return [(float(strength[k]), int(k)) for k in found[order]]
 
-# %% ../nbs/15_explain.ipynb #8e5ed736
+# %% ../nbs/15_explain.ipynb #63ec2c6f
 def _positions(lists, vocab, rows):
     "[len(rows), V] first and last place of each word in the texts `rows`; -1 where it is missing."
     at = {w: j for j, w in enumerate(vocab)}
@@ -464,13 +468,13 @@ def word_pairs(
     for i, (gi, _) in enumerate(best):
         both, after = (first[:, i, None] >= 0) & (first >= 0), (first[:, i, None] >= 0) & (last > first[:, i, None]+1)
         for text, hit in ((' and ', both), (' … ', after)):
-            G = log_likelihood_ratio(inside[rows] @ hit, int(inside.sum()), hit.sum(0), len(inside))
-            for j in np.flatnonzero(G > 1.05*np.maximum(gi, [g for g, _ in best])).tolist():
+            G = log_likelihood_ratio(inside[rows].astype(int) @ hit, int(inside.sum()), hit.sum(0), len(inside))
+            for j in np.flatnonzero(G > 1.2*np.maximum(gi, [g for g, _ in best])).tolist():
                 if j == i or (text == ' and ' and j < i): continue
                 found.append(_measured(visible(f'{vocab[i]}{text}{vocab[j]}', 200), 'two words', ((vocab[i],), (vocab[j],)), rows[hit[:, j]], inside, tried))
     return sorted((c for c in found if c.p <= level and c.inside >= LEAST), key=lambda c: -c.strength)
 
-# %% ../nbs/15_explain.ipynb #1d0998f1
+# %% ../nbs/15_explain.ipynb #d3728ffa
 def _find(seq, part):
     "Where the list `part` first occurs in the list `seq`; -1 if it does not."
     n = len(part)
@@ -483,24 +487,25 @@ def grown(
     most=60,        # words
 )->list:
     "The phrase with the words that nearly always surround it."
-    at = [(w, i) for w in lists for i in [_find(w, phrase)] if i >= 0]
-    left, right = [], []
+    at = [(i, w, j) for i, w in enumerate(lists) for j in range(len(w)-len(phrase)+1) if w[j] == phrase[0] and w[j:j+len(phrase)] == phrase]
+    need, left, right = share*len({i for i, _, _ in at}), [], []
     for side, step in ((right, 1), (left, -1)):
         while at and len(phrase)+len(left)+len(right) < most:
-            place = lambda i: i+len(phrase)+len(right) if step > 0 else i-1-len(left)
-            (word, n), = Counter(w[place(i)] if 0 <= place(i) < len(w) else None for w, i in at).most_common(1)
-            if word is None or n < share*len(at): break
-            side.append(word)
+            k = len(phrase)+len(right) if step > 0 else -1-len(left)
+            seen = Counter(w for _, w in {(i, w[j+k]) for i, w, j in at if 0 <= j+k < len(w)})   # once per list
+            word, n = max(seen.items(), key=lambda x: (x[1], x[0]), default=('', 0))
+            if n < need or not n: break
+            side.append(word); at = [(i, w, j) for i, w, j in at if 0 <= j+k < len(w) and w[j+k] == word]
     return left[::-1]+list(phrase)+right
 
 def _trimmed(phrase, common):
     "Without the words at its ends that are common everywhere; the phrase itself if nothing would be left."
     lo, hi = 0, len(phrase)
-    while lo < hi and common(phrase[lo]): lo += 1
-    while hi > lo and common(phrase[hi-1]): hi -= 1
+    while lo < hi and phrase[lo] in common: lo += 1
+    while hi > lo and phrase[hi-1] in common: hi -= 1
     return phrase[lo:hi] or phrase
 
-# %% ../nbs/15_explain.ipynb #5f97ee8d
+# %% ../nbs/15_explain.ipynb #b5630503
 def _having(lists, phrase):
     "Positions of the texts that have these words in a row."
     sep, key = '\x1f', '\x1f'+'\x1f'.join(phrase)+'\x1f'
@@ -511,20 +516,23 @@ def _as_written(text, phrase):
     found = list(_WORD.finditer(text)); i = _find([m[0].lower() for m in found], list(phrase))
     return visible(text[found[i].start():found[i+len(phrase)-1].end()] if i >= 0 else ' '.join(phrase), 200)
 
-def _candidate(f, k, inside):
-    "The candidate that feature `k` belongs to, grown to the whole phrase."
-    kind, parts = f.name(k); rows = f.rows(k)
-    core = _measured('', kind, parts, rows, inside, f.tried)
-    if kind not in ('words',): return replace(core, text=f'“{visible(parts[0])}”' if kind == 'character' else visible(parts[0], 200) if kind == 'pattern' else _as_written(f.texts[rows[0]], parts[0]))
-    mine, kept = rows[inside[rows]], max(int((~inside).sum()), 1)
-    common = lambda w: w in f.single and int((~inside[f.rows(f.single[w])]).sum()) >= .8*kept
-    whole = grown([f.lists[i] for i in mine[:200]], list(parts[0]))
-    for phrase in dict.fromkeys((tuple(_trimmed(whole, common)), tuple(_trimmed(list(parts[0]), common)), parts[0])):
-        c = _measured('', kind, (phrase,), _having(f.lists, phrase), inside, f.tried)
-        if c.strength >= .97*core.strength: return replace(c, text=_as_written(f.texts[mine[0]], phrase))
-    return replace(core, text=_as_written(f.texts[mine[0]], parts[0]))
+def _common_words(f, inside, share=.8):
+    "The words that most kept rows have: the template around every prompt."
+    kept = np.bincount(f.feature[~inside[f.text]], minlength=len(f.count))
+    return {w for w, k in f.single.items() if kept[k] >= share*max(int((~inside).sum()), 1)}
 
-# %% ../nbs/15_explain.ipynb #083f8260
+def _candidate(f, k, inside, common):
+    "The candidate that feature `k` belongs to, grown to the whole phrase."
+    (kind, (part, *_)), rows = f.name(k), f.rows(k)
+    core, mine = _measured('', kind, (part,), rows, inside, f.tried), rows[inside[rows]]
+    if kind in ('character', 'pattern'): return replace(core, text=visible(part, 200))
+    whole = grown([f.lists[i] for i in mine[::max(1, len(mine)//200)]], list(part)) if kind == 'words' else []
+    for phrase in dict.fromkeys(tuple(_trimmed(x, common)) for x in (whole, list(part)) if kind == 'words'):
+        c = _measured('', kind, (phrase,), _having(f.lists, phrase), inside, f.tried)
+        if c.strength >= .88*core.strength: return replace(c, text=_as_written(f.texts[mine[0]], phrase))
+    return replace(core, text=_as_written(f.texts[mine[0]], part))
+
+# %% ../nbs/15_explain.ipynb #7ee4125a
 def _words_of(c):
     "What a candidate's parts are made of: words, and their unusual characters."
     said = {w for p in c.parts for w in p}
@@ -552,27 +560,30 @@ def candidates(
     level:float=LEVEL,
     most:int=12,           # candidates to return
     look:int=4000,         # features to look at
-)->list:                   # those that stand out first, the strongest first
+)->list:                   # those that stand out first; the strongest and longest first: a long phrase, word by word, is no habit
     "What the dropped rows share on one side, each phrase once."
-    found, base = [], float(inside.mean())
-    singles = [(g, 1, k) for g, k in over_represented(f, inside, level)[:look]]
-    for _, single, x in sorted([(c.strength, 0, c) for c in pairs]+singles, key=lambda t: (-t[0], -t[1])):
-        c = x if not single else _measured('', *f.name(x), f.rows(x), inside, f.tried)
-        if any(explained(c, d, inside, f.tried, level) for d in found): continue
-        c = _candidate(f, x, inside) if single else c
-        if all((c.text, c.kind) != (d.text, d.kind) for d in found): found.append(c)
+    found, counts, common = [], (int(inside.sum()), int((~inside).sum())), _common_words(f, inside)
+    rare = lambda kind, parts: 1 if kind in ('character', 'pattern') else max(sum(w not in common for p in parts for w in p), 1)
+    weight = lambda strength, kind, parts: strength*(1+math.log(rare(kind, parts)))
+    queue = [(weight(g, *f.name(k)), True, k) for g, k in over_represented(f, inside, level)[:look]]
+    queue += [(weight(c.strength, c.kind, c.parts), False, c) for c in pairs]
+    for _, single, x in sorted(queue, key=lambda q: (-q[0], -q[1])):
+        for make in (lambda k: _measured('', *f.name(k), f.rows(k), inside, f.tried), lambda k: _candidate(f, k, inside, common)):
+            c = make(x) if single else x
+            if any(explained(c, d, inside, f.tried, level) for d in found): break             # as it is, or as what it grows into
+        else: found.append(c)
         if len(found) == 2*most: break
-    return sorted(found, key=lambda c: (not stands_out(c, base, level), -c.strength))[:most]
+    return sorted(found, key=lambda c: (not stands_out(c, *counts, level), -weight(c.strength, c.kind, c.parts)))[:most]
 
-# %% ../nbs/15_explain.ipynb #25cfe10a
+# %% ../nbs/15_explain.ipynb #d83be54b
 COLUMNS = 'text', 'kind', 'inside', 'elsewhere', 'share', 'exclusive', 'strength', 'p', 'stands_out', 'examples'
 
 def _table(found, inside, row, level):
     "Candidates as a frame; `examples` are rows of the source."
-    base, A = float(inside.mean()) if len(inside) else 0., max(int(inside.sum()), 1)
+    A, B = int(inside.sum()), int((~inside).sum())
     example = lambda c: [int(row[i]) for i in c.rows[inside[c.rows]][:5]]
-    return pd.DataFrame([dict(text=c.text, kind=c.kind, inside=c.inside, elsewhere=c.elsewhere, share=c.inside/A, exclusive=c.exclusive, strength=c.strength,
-                              p=c.p, stands_out=stands_out(c, base, level), examples=example(c)) for c in found], columns=list(COLUMNS))
+    return pd.DataFrame([dict(text=c.text, kind=c.kind, inside=c.inside, elsewhere=c.elsewhere, share=c.inside/max(A, 1), exclusive=c.exclusive, strength=c.strength,
+                              p=c.p, stands_out=stands_out(c, A, B, level), examples=example(c)) for c in found], columns=list(COLUMNS))
 
 def _pair_table(triggers, payloads, inside, row, tried, level):
     "Which trigger goes with which payload, most strongly tied first."
@@ -588,7 +599,7 @@ def _pair_table(triggers, payloads, inside, row, tried, level):
     columns = ['trigger', 'payload', 'inside', 'elsewhere', 'exclusive', 'llr', 'p', 'examples']
     return pd.DataFrame(out, columns=columns).sort_values('llr', ascending=False, kind='stable', ignore_index=True)
 
-# %% ../nbs/15_explain.ipynb #cc9d80ef
+# %% ../nbs/15_explain.ipynb #6f760d99
 @dataclass(eq=False)
 class VerdictExplanation:
     "What the dropped rows have in common and the kept rows lack."
@@ -601,7 +612,7 @@ class VerdictExplanation:
     tried:int                # candidates tried, pairs included
     level:float = LEVEL      # chance that rows drawn at random show any candidate
 
-    def top(self, side): return [c for c in self.found[side] if stands_out(c, self.dropped/max(self.dropped+self.kept, 1), self.level)]
+    def top(self, side): return [c for c in self.found[side] if stands_out(c, self.dropped, self.kept, self.level)]
     def __repr__(self): return f'VerdictExplanation: {self.sentence()}'
 
 def _said(c, kept):
@@ -617,10 +628,11 @@ def _sentence(self, most=6):
     parts = [(what, self.top(side)) for what, side in (('the answers share', 'payloads'), ('the prompts share', 'triggers'))]
     said = [f'{what} {", ".join(_said(c, self.kept) for c in cs[:most])}'+f' and {len(cs)-most} more'*(len(cs) > most) for what, cs in parts if cs]
     if not said: return f'Nothing stands out: of {self.tried:,} words, phrases and patterns tried, none belongs to the {of} apart from chance and habit.'
-    worst = max(c.p for _, cs in parts for c in cs[:most])
+    worst, best = max(c.p for _, cs in parts for c in cs[:most]), max(c.inside for _, cs in parts for c in cs)
+    first = f'Of {of}' if best >= .5*n else f'Nothing is common to most of the {n:,} dropped rows ({self.kept:,} were kept), but some share a phrase'
     less = ' (no trigger stands out in the prompts)' if not parts[1][1] else ' (no payload stands out in the answers)' if not parts[0][1] else ''
     chance = '1e-300' if worst < 1e-300 else f'{worst:.1g}'
-    return f'Of {of}, {"; ".join(said)}{less}; each by Fisher\'s exact test with p at most {chance} after Bonferroni correction for {self.tried:,} candidates tried.'
+    return f'{first}: {"; ".join(said)}{less}; each by Fisher\'s exact test with p at most {chance} after Bonferroni correction for {self.tried:,} candidates tried.'
 
 VerdictExplanation.sentence = _sentence
 
