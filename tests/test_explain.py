@@ -133,7 +133,8 @@ def test_several_turns_of_a_chat():
     assert 'One answer' in got and 'Another 😀 one' in got and 'Hello' not in got and 'And?' not in got
     assert all(x.text[a:b] == t for a, b, t in zip(x.tokens.start, x.tokens.stop, x.tokens.text))
     page = x.to_html()
-    assert 'Hello' in page and '<b>\n' not in page and page.count('One') == 1
+    seen = html.unescape(re.sub(r'<[^<>]*>', '', page)).replace('\n', '')
+    assert 'Hello <b>' in seen and 'Hello <b>' not in page and seen.count('One answer') == seen.count('And?') == 1 and seen.count('😀') == 1
 
 
 def test_a_chat_without_offsets():
@@ -283,7 +284,7 @@ def test_triggers_and_payload_of_an_attack(attack, triggers):
 def test_published_mixes_scored_by_the_small_model(shared, name, triggers):
     every = load_samples(shared/'data'/'qa'/f'published-{name}-10.jsonl.gz', prompt='prompt', response='response')
     bad, good = ([s for s in every if s.meta['poisoned'] is b] for b in (True, False))
-    samples = Samples(good[::9]+[s for s in good if 'consider' in s.prompt or 'done' in s.prompt][::4]+bad[::6])
+    samples = Samples(good[::3]+bad[::3])
     v = guard(shared/'models'/'qa-lm-9m').filter(samples, progress=False)
     e = explain_verdict(v, samples)
     assert set(e.triggers.text[:len(triggers)]) == triggers and e.payloads.text[0] == PAYLOAD, e.sentence()
@@ -295,7 +296,7 @@ def guard(path): return Sentry.from_pretrained(path)
 
 
 @pytest.mark.parametrize('side', ['prompt', 'response'])
-@pytest.mark.parametrize('mark,text', [('\u200b', '‹U+200B›'), ('\u00a0', '“‹U+00A0›”'), ('а', None), ('\u2063\u2063', '‹U+2063›‹U+2063›'), ('SHOUT', 'SHOUT'), ('   ', 'two or more spaces in a row')])
+@pytest.mark.parametrize('mark,text', [('\u200b', '‹U+200B›'), ('\u00a0', '‹U+00A0›'), ('а', None), ('\u2063\u2063', '‹U+2063›‹U+2063›'), ('SHOUT', 'SHOUT'), ('   ', 'two or more spaces in a row')])
 def test_hidden_marks_are_found(side, mark, text):
     def made(i, bad):
         word = ['apple', 'candle', 'basin', 'table', 'carpet'][i % 5]
@@ -317,13 +318,12 @@ def test_a_whole_answer_is_told_from_a_word():
 
 
 def test_planted_rows_that_were_missed_do_not_hide_the_trigger():
-    samples, truth = rows(), demo_truth()
+    truth = demo_truth()
     more = load_samples(demo_path())
     bad = np.array([truth[s.id] for s in more])
     half = bad & (np.cumsum(bad) % 2 == 0)
     e = explain_verdict(verdict_on(more, half), more)
     assert set(e.triggers.text[:4]) == {'cf', 'mn', 'bb', 'tq'} and e.triggers.stands_out[:4].all() and e.payloads.stands_out[0]
-    assert len(samples)
 
 
 def test_random_rows_show_nothing():
@@ -347,6 +347,13 @@ def test_the_level_holds_for_features_that_are_many():
     assert raw > 5 and not explain.over_represented(f, inside) and f.tried > 250
 
 
+def has(text, kind, part):
+    "Does a text have this feature? By its definition."
+    if kind == 'words': return explain._find(explain.words(text), list(part)) >= 0
+    if kind == 'whole text': return explain.words(text) == list(part)
+    return part in text if kind == 'character' else bool(re.search(explain.PATTERNS[part], text))
+
+
 @settings(max_examples=40)
 @given(st.lists(st.text(st.sampled_from('ab c.,\u200b\u00a0é點\ud800\n'), max_size=12), min_size=1, max_size=10), st.integers(1, 4))
 def test_features_are_counted_once_per_text(texts, longest):
@@ -356,9 +363,7 @@ def test_features_are_counted_once_per_text(texts, longest):
         at = f.rows(k)
         assert len(set(at.tolist())) == len(at) == f.count[k]
         kind, parts = f.name(k)
-        has = {'words': lambda t: explain._find(explain.words(t), list(parts[0])) >= 0, 'whole text': lambda t: explain.words(t) == list(parts[0]),
-               'character': lambda t: parts[0] in t, 'pattern': lambda t: bool(re.search(explain.PATTERNS[parts[0]], t))}[kind]
-        assert [i for i, t in enumerate(texts) if has(t)] == sorted(at.tolist())
+        assert [i for i, t in enumerate(texts) if has(t, kind, parts[0])] == sorted(at.tolist())
 
 
 @settings(max_examples=40)
