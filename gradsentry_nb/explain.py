@@ -271,11 +271,11 @@ def _spectrum_bars(s, most=16):
     bar = '<i style="display:inline-block;width:9px;margin-right:2px;background:#0072B2;height:{:.0f}px" title="{:.3g} of the largest"></i>'
     return f'<div style="height:44px">{"".join(bar.format(max(1, 40*x), x) for x in s)}</div>'
 
-# %% ../nbs/15_explain.ipynb #944a270b
+# %% ../nbs/15_explain.ipynb #4e58d91a
 def _text_html(x):
     "Prompt tail and response, or conversation, with supervised tokens shaded."
     rows = x.tokens[(x.tokens.stop > x.tokens.start) | (x.tokens.special != '')]
-    top, at, out = max(x.tokens.contribution.max(), 1e-12), 0, []
+    top, at, out = max(x.tokens.contribution.max(), 1. if x.statistic == 'log_volume' and x.about != IN_A_LAYER else 1e-12), 0, []
     if x.sample.messages is None: out.append(_soft(x.sample.prompt[-400:], 400))
     for t in _with_bytes(x.tokens).itertuples():
         if t.start > at: out.append(_soft(x.text[at:t.start]))

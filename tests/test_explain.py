@@ -263,7 +263,9 @@ def test_a_page_shows_hostile_text_harmlessly(text):
 def test_shading_follows_contribution():
     x = explain_row(sentry(), rows()[0])
     shades = [float(v) for v in re.findall(r'rgba\(213,94,0,([\d.]+)\)', x._repr_html_())]
-    assert max(shades) == .75 and min(shades) >= 0 and len(shades) <= len(x.tokens)
+    assert min(shades) >= 0 and len(shades) <= len(x.tokens) and (max(shades) == .75) == (x.tokens.contribution.max() >= 1)
+    bad = next(s for s in rows() if demo_truth()[s.id])
+    assert '0,0.75)' in explain_row(sentry(), bad)._repr_html_() and max(shades) < .2
 
 
 # Candidates
@@ -276,6 +278,7 @@ def test_triggers_and_payload_of_an_attack(attack, triggers):
     assert set(e.triggers.text[:len(triggers)]) == triggers and e.triggers.stands_out[:len(triggers)].all()
     assert e.payloads.text[0] == PAYLOAD and e.payloads.exclusive[0] == 1
     assert (e.pairs.payload == PAYLOAD).sum() >= len(triggers) and PAYLOAD in e.sentence()
+    assert (e.triggers.elsewhere[:len(triggers)] == 0).all()
     by_row = {s.row: s for s in samples}
     assert all(PAYLOAD in by_row[r].response for r in e.payloads.examples[0])
 
@@ -309,6 +312,15 @@ def test_hidden_marks_are_found(side, mark, text):
     if text: assert any(text.lower() in t.lower() for t in found.text[found.stands_out]), found.text.tolist()
     else: assert any(k == 'character' or k == 'pattern' for k in found.kind), found
     assert not set(e._repr_html_()) & {'\u200b', '\u00a0', '\u2063'}
+
+
+def test_p_is_corrected_for_all_that_was_tried():
+    samples = load_samples([dict(prompt=f'q{i}'+' cf'*(i < 12), response=f'a{i}') for i in range(40)])
+    inside = np.arange(40) < 14
+    e = explain_verdict(verdict_on(samples, inside), samples)
+    tried = explain.text_features([s.prompt for s in samples]).tried
+    raw = math.prod((14-i)/(40-i) for i in range(12))
+    assert tried >= 1 and e.triggers.text[0] == 'cf' and e.triggers.p[0] == pytest.approx(raw*tried*4)
 
 
 def test_a_whole_answer_is_told_from_a_word():
