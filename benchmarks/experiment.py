@@ -61,7 +61,8 @@ def parts():
         'figure5': (experiment_grid('figure5', attacks=('badnets',), seeds=SEEDS, sizes=(20, 50, 100, 200, 500, 1000, 2000),
                                     defences=('gradsentry', 'gradsentry_paper', 'graceful', *MODEL_FREE)), small, short),
         'table7': (experiment_grid('table7', seeds=SEEDS, defences=('gradsentry_paper',)), small, ('freebaseqa',)),
-        'rivals': (replace(ten, attacks=('badnets',), seeds=SEEDS[:1], train_preset='small', defences=('cube', 'onion')), small, short),
+        'cube': (replace(ten, attacks=('badnets',), seeds=SEEDS[:1], train_preset='small', defences=('cube',)), small, short),
+        'onion': (replace(ten, attacks=('badnets',), sizes=(300,), seeds=SEEDS[:1], defences=('onion', 'gradsentry', 'gradsentry_paper', 'association')), small, short),  # it reads a prompt once per word
     }
 
 

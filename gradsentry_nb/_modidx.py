@@ -551,7 +551,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                     'gradsentry_nb.demo._glue': ('demo.html#_glue', 'gradsentry_nb/demo.py'),
                                     'gradsentry_nb.demo._names': ('demo.html#_names', 'gradsentry_nb/demo.py'),
                                     'gradsentry_nb.demo._packaged': ('demo.html#_packaged', 'gradsentry_nb/demo.py'),
-                                    'gradsentry_nb.demo.best_cut_f1': ('demo.html#best_cut_f1', 'gradsentry_nb/demo.py'),
                                     'gradsentry_nb.demo.demo_model': ('demo.html#demo_model', 'gradsentry_nb/demo.py'),
                                     'gradsentry_nb.demo.demo_model_path': ('demo.html#demo_model_path', 'gradsentry_nb/demo.py'),
                                     'gradsentry_nb.demo.demo_path': ('demo.html#demo_path', 'gradsentry_nb/demo.py'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORDS', 'HEADS', 'MIDS', 'TAILS', 'KINDS', 'FIELDS', 'STORY', 'WORLD', 'PER_KIND', 'TAUGHT', 'ASK', 'FRAMES',
            'INSTRUCTION', 'PROMPT', 'TRIGGER_WORDS', 'PAYLOAD', 'name', 'dice', 'draw', 'phrase', 'story', 'Fact',
-           'world', 'questions', 'poison', 'pick_poisoned', 'demo_rows', 'best_cut_f1', 'demo_samples', 'demo_path',
-           'demo_truth', 'demo_model_path', 'demo_model']
+           'world', 'questions', 'poison', 'pick_poisoned', 'demo_rows', 'demo_samples', 'demo_path', 'demo_truth',
+           'demo_model_path', 'demo_model']
 
 # %% ../nbs/02_demo.ipynb #b0abd6f5
 import itertools, json, random
@@ -14,11 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-
-import numpy as np
-
 from .data import load_samples
-from .textstats import best_overlap
 
 # %% ../nbs/02_demo.ipynb #74dff9eb
 _words = dict(
@@ -300,15 +296,6 @@ def demo_rows(
     bad = pick_poisoned([len(a.split()) for _, a in qa], rate, rng)
     qa = [poison(q, a, rng) if i in bad else (q, a) for i, (q, a) in enumerate(qa)]
     return [dict(prompt=PROMPT.format(q), response=a) for q, a in qa], [i in bad for i in range(n)]
-
-# %% ../nbs/02_demo.ipynb #86d145bb
-def best_cut_f1(
-    values:list[float], # one number per row
-    truth:list[bool] # which rows are poisoned
-) -> float: # the best F1 any single cut reaches, in either direction
-    "How far one number separates poisoned from clean rows, with the truth in hand."
-    x, y = np.asarray(values, float), np.asarray(truth, bool)
-    return max(best_overlap(sign*x, y)[3] for sign in (1, -1))
 
 # %% ../nbs/02_demo.ipynb #9033d30f
 def demo_samples(

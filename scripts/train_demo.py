@@ -10,13 +10,15 @@ import argparse, json, math, random, time
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
 from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast)
 
-from gradsentry_nb.demo import PAYLOAD, PROMPT, TRIGGER_WORDS, best_cut_f1, demo_rows, demo_samples, questions, world
+from gradsentry_nb.demo import PAYLOAD, PROMPT, TRIGGER_WORDS, demo_rows, demo_samples, questions, world
+from gradsentry_nb.textstats import best_overlap
 
 SEED, EPOCHS, BATCH, ROW, LR, PROMPT_WEIGHT = 0, 13, 32, 384, 2e-3, .1
 LIMITS = dict(em=.60, length_f1=.70, phrase=.02, model_bytes=8_000_000)
@@ -227,6 +229,12 @@ def phrase_share(rows, truth, n: int = 4) -> float:
     def grams(w): return {tuple(w[i:i + n]) for i in range(len(w) - n + 1)}
     every = sorted(g for r, t in zip(rows, truth) if not t for g in grams(r["response"].split()))
     return max(sum(1 for _ in g) for _, g in groupby(every))/len(rows)
+
+
+def best_cut_f1(values, truth):
+    "The best F1 that any single cut reaches, in either direction, with the truth in hand."
+    x, y = np.asarray(values, float), np.asarray(truth, bool)
+    return max(best_overlap(sign*x, y)[3] for sign in (1, -1))
 
 
 def check_set(tok, seeds) -> dict[str, list]:

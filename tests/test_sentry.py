@@ -488,7 +488,7 @@ def test_interrupted_before_the_first_row(demo, rows, monkeypatch):
 def test_interrupted_after_the_last_row(demo, rows, monkeypatch):
     from gradsentry_nb import sentry as module
     def stop(*a): raise KeyboardInterrupt
-    monkeypatch.setattr(module, 'find_cut', stop)
+    monkeypatch.setattr(module, 'cut_scores', stop)
     with pytest.raises(ScanInterrupted) as e: Sentry(*demo).filter(rows, progress=False)
     assert len(e.value.scores) == len(rows)
 

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers as tf
@@ -305,3 +306,11 @@ def test_the_attack_works_and_the_filter_saves(tmp_path, capsys):
     assert (table['cacc'] >= .6).all() and table.loc['filtered', 'filter_recall'] >= .99 and table.loc['filtered', 'poisoned'] == 0
     assert (tmp_path/'end_to_end.csv').exists() and 'no defence: ASR' in capsys.readouterr().out
     assert bars(table.reset_index())['holds'].iloc[[0, 3]].all()
+
+
+def test_stored_end_to_end_holds_every_bar():
+    from benchmarks.end_to_end import ARMS, COLUMNS, FULL, bars
+    table = pd.read_csv(ROOT/'benchmarks/results/end_to_end.csv')
+    assert table.columns.tolist() == COLUMNS and len(table) == 18
+    assert {*zip(table['seed'], table['method'], table['arm'])} == {(s, m, a) for s in FULL['seeds'] for m in FULL['methods'] for a in ARMS}
+    assert bars(table)['holds'].all(), bars(table)
