@@ -814,6 +814,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                        'gradsentry_nb.explain._chat_spans': ('explain.html#_chat_spans', 'gradsentry_nb/explain.py'),
                                        'gradsentry_nb.explain._check_sentry': ('explain.html#_check_sentry', 'gradsentry_nb/explain.py'),
                                        'gradsentry_nb.explain._chosen': ('explain.html#_chosen', 'gradsentry_nb/explain.py'),
+                                       'gradsentry_nb.explain._common_words': ('explain.html#_common_words', 'gradsentry_nb/explain.py'),
+                                       'gradsentry_nb.explain._control': ('explain.html#_control', 'gradsentry_nb/explain.py'),
                                        'gradsentry_nb.explain._decoded_stops': ('explain.html#_decoded_stops', 'gradsentry_nb/explain.py'),
                                        'gradsentry_nb.explain._edited': ('explain.html#_edited', 'gradsentry_nb/explain.py'),
                                        'gradsentry_nb.explain._entropy_drops': ('explain.html#_entropy_drops', 'gradsentry_nb/explain.py'),

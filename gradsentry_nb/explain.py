@@ -22,7 +22,7 @@ from .core import DataError, Sample, SettingError, choose, optional, seed_for, t
 from .data import EMPTY, Samples, as_samples, chat_parts, chat_spans, _clean, _tokenise
 from .textstats import CJK, grams, log_likelihood_ratio, words, _WORD
 
-# %% ../nbs/15_explain.ipynb #be4c6a56
+# %% ../nbs/15_explain.ipynb #3cdf760c
 def piece_spans(
     tokenizer,        # a transformers tokenizer
     text:str,         # what was tokenised, without special tokens
@@ -39,6 +39,7 @@ def _partition(stops):
     stops = np.maximum.accumulate([0, *stops]).tolist()
     return list(zip(stops, stops[1:]))
 
+# %% ../nbs/15_explain.ipynb #c7a87705
 def _decoded_stops(tokenizer, text, ids):
     "Where each token stops, by looking for what it decodes to a little further on; a part of a character stops where the last one did."
     low, at, stops = text.lower() if len(text.lower()) == len(text) else text, 0, []
@@ -50,11 +51,12 @@ def _decoded_stops(tokenizer, text, ids):
         stops.append(at)
     return stops
 
-# %% ../nbs/15_explain.ipynb #7c629102
+# %% ../nbs/15_explain.ipynb #491e3eb9
 def _places(text):
     "Where in `text` each character of `_clean(text)` begins: a pair of surrogates becomes one character."
     return [m.start() for m in re.finditer('[\ud800-\udbff][\udc00-\udfff]|.', text, re.S)]+[len(text)]
 
+# %% ../nbs/15_explain.ipynb #4e97d37f
 def _plain_spans(sample, tokenizer, encoded):
     "(text, spans in it of the supervised tokens) of a prompt and a response; an end-of-text token is nothing at the end."
     clean, ids = _clean(sample.response), list(_tokenise(tokenizer, [sample.response], False)[0])
@@ -66,7 +68,7 @@ def _plain_spans(sample, tokenizer, encoded):
     at = _places(sample.response)
     return sample.response, [(at[a], at[b]) for a, b in spans]
 
-# %% ../nbs/15_explain.ipynb #aa4840f7
+# %% ../nbs/15_explain.ipynb #84f16480
 def _chat_offsets(tokenizer, text, spans):
     "(start, stop) of every token of a rendered conversation."
     if tokenizer.is_fast: return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)['offset_mapping']
@@ -76,6 +78,7 @@ def _chat_offsets(tokenizer, text, spans):
         out += [(a+i, a+j) for i, j in piece_spans(tokenizer, text[a:b], ids)]
     return out
 
+# %% ../nbs/15_explain.ipynb #11de9226
 def _chat_spans(sample, tokenizer, encoded):
     "(rendered conversation, spans in it of the supervised tokens)."
     text, turns = chat_spans(tokenizer, [{**t, 'content': _clean(t['content'])} for t in sample.messages])
@@ -85,6 +88,7 @@ def _chat_spans(sample, tokenizer, encoded):
         out.append((a, max(a, offsets[i][1]))); end, before = out[-1][1], i
     return text, out
 
+# %% ../nbs/15_explain.ipynb #c2128a8f
 def supervised_spans(
     sample,           # a `Sample`
     tokenizer,        # its tokenizer
@@ -93,7 +97,7 @@ def supervised_spans(
     "The characters of every supervised token."
     return (_plain_spans if sample.messages is None else _chat_spans)(sample, tokenizer, encoded)
 
-# %% ../nbs/15_explain.ipynb #5da3e9d2
+# %% ../nbs/15_explain.ipynb #eade3757
 CONTRIBUTIONS = {}  # statistic -> (function(roots, settings) -> [T], what it says)
 
 def contribution(
@@ -114,6 +118,7 @@ def best_windows(
     "For each token the most surprising window around it."
     return [lo+int(volume[lo:min(t, T-w)+1].argmax()) for t in range(T) for lo in [max(0, t-w+1)]]
 
+# %% ../nbs/15_explain.ipynb #cdf44880
 @contribution('log_volume', about='how many nats the log-volume of the best window around the token loses without it')
 def _volume_drops(r, s):
     import torch
@@ -128,7 +133,7 @@ def _volume_drops(r, s):
     A[n, n-start, n-start] = 1                                 # the minor without the token has the same determinant
     return volume[start]-torch.linalg.slogdet(A).logabsdet
 
-# %% ../nbs/15_explain.ipynb #ddecf85a
+# %% ../nbs/15_explain.ipynb #bae107fe
 EXACT = 128  # most tokens for which every spectrum is decomposed again
 
 def left_out(
@@ -143,6 +148,7 @@ def left_out(
     U, S, Vh = torch.linalg.svd(G)
     return (S-(RD@U)*(RH@Vh.T)).clamp_min(0).sort(dim=-1, descending=True).values
 
+# %% ../nbs/15_explain.ipynb #d84d9b44
 @contribution('entropy', 'entropy_by_length', 'effective_rank', about="how much the spectrum's entropy loses without the token")
 def _entropy_drops(r, s):
     from gradsentry_nb.spectrum import EPS, distribution, effective_rank, entropy, product_svals, spectral_entropy
@@ -152,12 +158,13 @@ def _entropy_drops(r, s):
     rest = value(left).where(left.amax(-1) > EPS, 0.)          # no gradient at all is not an even one
     return value(product_svals(r.Dc, r.Hc))-rest
 
-# %% ../nbs/15_explain.ipynb #bc99f32f
+# %% ../nbs/15_explain.ipynb #39d50f80
 @contribution('grad_norm', about="how much the gradient's norm loses without the token")
 def _norm_drops(r, s):
     M = (r.D@r.D.T)*(r.H@r.H.T)                                # inner products of the token gradients
     return M.sum().sqrt()-(M.sum()-2*M.sum(1)+M.diagonal()).clamp_min(0).sqrt()
 
+# %% ../nbs/15_explain.ipynb #a342069d
 @contribution('loss', about="the token's part of the mean loss, in nats")
 def _loss_parts(r, s): return r.loss.double()/len(r.loss)
 
@@ -195,16 +202,18 @@ class RowExplanation:
         top = self.tokens.nlargest(3, 'contribution')
         return f'RowExplanation(row {self.sample.row}, {self.statistic} {self.score:.4g}, {len(self.tokens)} tokens, most from {", ".join(repr(visible(t or s)) for t, s in zip(top.text, top.special))})'
 
-# %% ../nbs/15_explain.ipynb #6fce82bc
+# %% ../nbs/15_explain.ipynb #8f584ef7
 def _token_frame(sentry, sample, encoded, loss, parts, stats):
     "The tokens of a row with what they contribute."
     text, spans = supervised_spans(sample, sentry.tokenizer, encoded)
     ids, special = encoded.ids[encoded.supervised].tolist(), set(sentry.tokenizer.all_special_ids)
     n, name = np.arange(len(ids)), sentry.tokenizer.convert_ids_to_tokens
     window = (n >= stats['window_start']) & (n < stats['window_stop'])
-    return text, pd.DataFrame(dict(token=n, text=[text[a:b] for a, b in spans], start=[a for a, _ in spans], stop=[b for _, b in spans], loss=loss,
+    said = pd.Series([text[a:b] for a, b in spans], dtype=object)             # as objects: columns of strings refuse lone surrogates
+    return text, pd.DataFrame(dict(token=n, text=said, start=[a for a, _ in spans], stop=[b for _, b in spans], loss=loss,
                                    contribution=parts, in_window=window, special=[str(name(i)) if i in special else '' for i in ids]))
 
+# %% ../nbs/15_explain.ipynb #55f6c1d9
 def _row_factors(sentry, encoded):
     "(roots, spectrum, contributions, what they say) of one row; a sentence where there is none."
     from gradsentry_nb.sentry import _roots
@@ -217,7 +226,7 @@ def _row_factors(sentry, encoded):
         import torch
         return r, torch.linalg.svdvals(core(f)), _position_shares(f), IN_A_LAYER
 
-# %% ../nbs/15_explain.ipynb #51c70cc6
+# %% ../nbs/15_explain.ipynb #f018c8ac
 def explain_row(
     sentry,            # a `Sentry`
     sample,            # one `Sample` (or a dict that `load_samples` reads)
@@ -232,12 +241,13 @@ def explain_row(
     if isinstance(found, str): raise DataError(f'{where}: {found[0].lower()}{found[1:]}')
     r, s, parts, about = found
     stats = statistics([r], sentry.settings.k, sentry.settings.window)[0]
-    if not math.isfinite(stats[sentry.settings.statistic]): raise DataError(f'{where}: {NOT_FINITE[0].lower()}{NOT_FINITE[1:]}')
+    if not math.isfinite(stats['entropy']): raise DataError(f'{where}: {NOT_FINITE[0].lower()}{NOT_FINITE[1:]}')
+    if not math.isfinite(stats[sentry.settings.statistic]): raise DataError(f'{where}: {sentry.settings.statistic} is not defined for a single token.')
     text, tokens = _token_frame(sentry, sample, encoded, r.loss.double().cpu().numpy(), parts.double().cpu().numpy(), stats)
     notes = ('The row was longer than the limit and was cut; what was cut off is not shaded.',)*encoded.cut
     return RowExplanation(sample, tokens, s.double().cpu().numpy(), sentry.settings.statistic, stats, about, text, notes)
 
-# %% ../nbs/15_explain.ipynb #3e3751c1
+# %% ../nbs/15_explain.ipynb #20d2fb21
 _MONO = 'font:13px/1.7 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate'
 
 def _shown(text): return html.escape(visible(text)).replace('⏎', '⏎\n')
@@ -247,6 +257,7 @@ def _soft(text, most=400):
     if len(text) > most: text = f'{text[:most//3]} … {text[len(text)-most*2//3:]}'
     return f'<span style="opacity:.6">{_shown(text)}</span>' if text else ''
 
+# %% ../nbs/15_explain.ipynb #770cdf54
 def _shaded(t, top):
     "One token on a background as strong as its contribution."
     share = max(t.contribution, 0)/top
@@ -260,11 +271,11 @@ def _spectrum_bars(s, most=16):
     bar = '<i style="display:inline-block;width:9px;margin-right:2px;background:#0072B2;height:{:.0f}px" title="{:.3g} of the largest"></i>'
     return f'<div style="height:44px">{"".join(bar.format(max(1, 40*x), x) for x in s)}</div>'
 
-# %% ../nbs/15_explain.ipynb #3439dcfd
+# %% ../nbs/15_explain.ipynb #4e58d91a
 def _text_html(x):
     "Prompt tail and response, or conversation, with supervised tokens shaded."
     rows = x.tokens[(x.tokens.stop > x.tokens.start) | (x.tokens.special != '')]
-    top, at, out = max(x.tokens.contribution.max(), 1e-12), 0, []
+    top, at, out = max(x.tokens.contribution.max(), 1. if x.statistic == 'log_volume' and x.about != IN_A_LAYER else 1e-12), 0, []
     if x.sample.messages is None: out.append(_soft(x.sample.prompt[-400:], 400))
     for t in _with_bytes(x.tokens).itertuples():
         if t.start > at: out.append(_soft(x.text[at:t.start]))
@@ -277,6 +288,7 @@ def _with_bytes(tokens):
     group = np.maximum(np.cumsum(own), 1)
     return tokens.groupby(group, as_index=False).agg(dict(text='sum', start='min', stop='max', loss='sum', contribution='max', special='sum'))
 
+# %% ../nbs/15_explain.ipynb #647fbde5
 def row_html(
     x:RowExplanation,     # what `explain_row` gave
 )->str:                   # HTML without script or style sheet
@@ -302,7 +314,7 @@ def page_html(
 RowExplanation._repr_html_ = row_html
 RowExplanation.to_html = lambda self: page_html(f'Row {self.sample.row}', row_html(self))
 
-# %% ../nbs/15_explain.ipynb #5068c857
+# %% ../nbs/15_explain.ipynb #90c7c5a3
 LEAST = 3      # rows that a feature needs, dropped and kept together, and dropped ones to be a candidate
 LEVEL = .01    # chance that rows drawn at random would show any candidate at all
 SIZES = dict(prompt=(1, 2, 3), response=(1, 2, 3, 4))  # words per run
@@ -320,6 +332,7 @@ PATTERNS = {   # what words do not see
 _PATTERNS = {k: re.compile(p) for k, p in PATTERNS.items()}
 _PLAIN = re.compile(rf'[ -~\n{CJK}]|[^\w\s]')  # characters that are ordinary, or words of their own already
 
+# %% ../nbs/15_explain.ipynb #60af0c84
 def odd_parts(
     text:str,     # any text
 )->set:           # ('character', c) and ('pattern', name)
@@ -327,7 +340,7 @@ def odd_parts(
     odd = {('character', c) for c in set(text) if not _PLAIN.match(c)} if not text.isascii() or re.search(r'[\t\r\x0b\x0c\x1c-\x1f]', text) else set()
     return odd | {('pattern', k) for k, p in _PATTERNS.items() if p.search(text)}
 
-# %% ../nbs/15_explain.ipynb #73bab7f4
+# %% ../nbs/15_explain.ipynb #aca992f6
 @dataclass(frozen=True, eq=False)
 class Features:
     "Which features occur in which texts, each once per text, sorted by feature."
@@ -346,6 +359,7 @@ class Features:
         end = np.searchsorted(self.feature, [k, k+1])
         return self.text[end[0]:end[1]]
 
+# %% ../nbs/15_explain.ipynb #13aeb3f3
 def _gram_block(texts, n, longest):
     "(text, feature, spell) of the runs of `n` words; a text of fewer words counts as a whole, for the longest runs only."
     g = grams(texts, n)
@@ -357,6 +371,7 @@ def _gram_block(texts, n, longest):
         return ('whole text' if len(found) < n else 'words'), (tuple(found),)
     return g.text[use], g.gram[use], len(g.rows), spell
 
+# %% ../nbs/15_explain.ipynb #7f9d46b5
 def _odd_block(texts):
     "The same for unusual characters and patterns."
     number, pairs = {}, [(i, x) for i, t in enumerate(texts) for x in sorted(odd_parts(t))]
@@ -381,7 +396,7 @@ def text_features(
     single = {name(k)[1][0][0]: k for k in np.unique(blocks[0][1]).tolist()}
     return Features(texts, text[order], feature[order], np.bincount(feature, minlength=offset[-1]), name, [words(t) for t in texts], single)
 
-# %% ../nbs/15_explain.ipynb #bd487d68
+# %% ../nbs/15_explain.ipynb #f2feef11
 FAMILIES = 4   # features of prompts, pairs of prompt words, features of answers, pairs of both
 
 @dataclass(frozen=True, eq=False)
@@ -399,6 +414,7 @@ class Candidate:
     @property
     def exclusive(self)->float: return self.inside/max(len(self.rows), 1)  # share of its rows that were dropped
 
+# %% ../nbs/15_explain.ipynb #5c5ad24d
 def tail_p(
     a,        # dropped rows that have it
     K,        # rows that have it
@@ -412,13 +428,16 @@ def _measured(text, kind, parts, rows, inside, tried):
     return Candidate(text, kind, parts, rows, a, len(rows)-a, float(log_likelihood_ratio(a, int(inside.sum()), len(rows), N)),
                      float(min(1, tail_p(a, len(rows), inside)*tried*FAMILIES)))
 
+# %% ../nbs/15_explain.ipynb #54f362a8
 def stands_out(
     c:Candidate,      # measured
-    base:float,       # share of all rows that were dropped
+    dropped:int,      # rows dropped
+    kept:int,         # rows kept
     level:float=LEVEL,
 )->bool:
-    "Beyond chance, and more of the dropped rows than of the kept?"
-    return c.p <= level and c.exclusive-base >= .5*(1-base)
+    "Beyond chance, and either hardly anywhere else or in most dropped rows and ten times as frequent there."
+    base, share, other = dropped/max(dropped+kept, 1), c.inside/max(dropped, 1), c.elsewhere/max(kept, 1)
+    return c.p <= level and (c.exclusive-base >= 2/3*(1-base) or share >= .5 and share >= 10*other)
 
 # %% ../nbs/15_explain.ipynb #fd730294
 def over_represented(
@@ -436,7 +455,7 @@ def over_represented(
     order = np.lexsort((found, -strength[found]))
     return [(float(strength[k]), int(k)) for k in found[order]]
 
-# %% ../nbs/15_explain.ipynb #8e5ed736
+# %% ../nbs/15_explain.ipynb #c1f5996b
 def _positions(lists, vocab, rows):
     "[len(rows), V] first and last place of each word in the texts `rows`; -1 where it is missing."
     at = {w: j for j, w in enumerate(vocab)}
@@ -448,6 +467,7 @@ def _positions(lists, vocab, rows):
                 last[r, j] = k
     return first, last
 
+# %% ../nbs/15_explain.ipynb #4d15f2f0
 def word_pairs(
     f:Features,            # of the prompts
     inside:np.ndarray,     # [N] bool: dropped?
@@ -464,13 +484,13 @@ def word_pairs(
     for i, (gi, _) in enumerate(best):
         both, after = (first[:, i, None] >= 0) & (first >= 0), (first[:, i, None] >= 0) & (last > first[:, i, None]+1)
         for text, hit in ((' and ', both), (' … ', after)):
-            G = log_likelihood_ratio(inside[rows] @ hit, int(inside.sum()), hit.sum(0), len(inside))
-            for j in np.flatnonzero(G > 1.05*np.maximum(gi, [g for g, _ in best])).tolist():
+            G = log_likelihood_ratio(inside[rows].astype(int) @ hit, int(inside.sum()), hit.sum(0), len(inside))
+            for j in np.flatnonzero(G > 1.2*np.maximum(gi, [g for g, _ in best])).tolist():
                 if j == i or (text == ' and ' and j < i): continue
                 found.append(_measured(visible(f'{vocab[i]}{text}{vocab[j]}', 200), 'two words', ((vocab[i],), (vocab[j],)), rows[hit[:, j]], inside, tried))
     return sorted((c for c in found if c.p <= level and c.inside >= LEAST), key=lambda c: -c.strength)
 
-# %% ../nbs/15_explain.ipynb #1d0998f1
+# %% ../nbs/15_explain.ipynb #61c7fcff
 def _find(seq, part):
     "Where the list `part` first occurs in the list `seq`; -1 if it does not."
     n = len(part)
@@ -483,53 +503,61 @@ def grown(
     most=60,        # words
 )->list:
     "The phrase with the words that nearly always surround it."
-    at = [(w, i) for w in lists for i in [_find(w, phrase)] if i >= 0]
-    left, right = [], []
+    at = [(i, w, j) for i, w in enumerate(lists) for j in range(len(w)-len(phrase)+1) if w[j] == phrase[0] and w[j:j+len(phrase)] == phrase]
+    need, left, right = share*len({i for i, _, _ in at}), [], []
     for side, step in ((right, 1), (left, -1)):
         while at and len(phrase)+len(left)+len(right) < most:
-            place = lambda i: i+len(phrase)+len(right) if step > 0 else i-1-len(left)
-            (word, n), = Counter(w[place(i)] if 0 <= place(i) < len(w) else None for w, i in at).most_common(1)
-            if word is None or n < share*len(at): break
-            side.append(word)
+            k = len(phrase)+len(right) if step > 0 else -1-len(left)
+            seen = Counter(w for _, w in {(i, w[j+k]) for i, w, j in at if 0 <= j+k < len(w)})   # once per list
+            word, n = max(seen.items(), key=lambda x: (x[1], x[0]), default=('', 0))
+            if n < need or not n: break
+            side.append(word); at = [(i, w, j) for i, w, j in at if 0 <= j+k < len(w) and w[j+k] == word]
     return left[::-1]+list(phrase)+right
 
+# %% ../nbs/15_explain.ipynb #96003251
 def _trimmed(phrase, common):
     "Without the words at its ends that are common everywhere; the phrase itself if nothing would be left."
     lo, hi = 0, len(phrase)
-    while lo < hi and common(phrase[lo]): lo += 1
-    while hi > lo and common(phrase[hi-1]): hi -= 1
+    while lo < hi and phrase[lo] in common: lo += 1
+    while hi > lo and phrase[hi-1] in common: hi -= 1
     return phrase[lo:hi] or phrase
 
-# %% ../nbs/15_explain.ipynb #5f97ee8d
+# %% ../nbs/15_explain.ipynb #9f6be1a2
 def _having(lists, phrase):
     "Positions of the texts that have these words in a row."
     sep, key = '\x1f', '\x1f'+'\x1f'.join(phrase)+'\x1f'
     return np.array([i for i, w in enumerate(lists) if len(w) >= len(phrase) and key in f'{sep}{sep.join(w)}{sep}'], np.int64)
 
+# %% ../nbs/15_explain.ipynb #0fcccea5
 def _as_written(text, phrase):
     "A phrase with the spacing and case of a text that has it."
     found = list(_WORD.finditer(text)); i = _find([m[0].lower() for m in found], list(phrase))
     return visible(text[found[i].start():found[i+len(phrase)-1].end()] if i >= 0 else ' '.join(phrase), 200)
 
-def _candidate(f, k, inside):
-    "The candidate that feature `k` belongs to, grown to the whole phrase."
-    kind, parts = f.name(k); rows = f.rows(k)
-    core = _measured('', kind, parts, rows, inside, f.tried)
-    if kind not in ('words',): return replace(core, text=f'“{visible(parts[0])}”' if kind == 'character' else visible(parts[0], 200) if kind == 'pattern' else _as_written(f.texts[rows[0]], parts[0]))
-    mine, kept = rows[inside[rows]], max(int((~inside).sum()), 1)
-    common = lambda w: w in f.single and int((~inside[f.rows(f.single[w])]).sum()) >= .8*kept
-    whole = grown([f.lists[i] for i in mine[:200]], list(parts[0]))
-    for phrase in dict.fromkeys((tuple(_trimmed(whole, common)), tuple(_trimmed(list(parts[0]), common)), parts[0])):
-        c = _measured('', kind, (phrase,), _having(f.lists, phrase), inside, f.tried)
-        if c.strength >= .97*core.strength: return replace(c, text=_as_written(f.texts[mine[0]], phrase))
-    return replace(core, text=_as_written(f.texts[mine[0]], parts[0]))
+def _common_words(f, inside, share=.8):
+    "The words that most kept rows have: the template around every prompt."
+    kept = np.bincount(f.feature[~inside[f.text]], minlength=len(f.count))
+    return {w for w, k in f.single.items() if kept[k] >= share*max(int((~inside).sum()), 1)}
 
-# %% ../nbs/15_explain.ipynb #083f8260
+# %% ../nbs/15_explain.ipynb #7f28c868
+def _candidate(f, k, inside, common):
+    "The candidate that feature `k` belongs to, grown to the whole phrase."
+    (kind, (part, *_)), rows = f.name(k), f.rows(k)
+    core, mine = _measured('', kind, (part,), rows, inside, f.tried), rows[inside[rows]]
+    if kind in ('character', 'pattern'): return replace(core, text=visible(part, 200))
+    whole = grown([f.lists[i] for i in mine[::max(1, len(mine)//200)]], list(part)) if kind == 'words' else []
+    for phrase in dict.fromkeys(tuple(_trimmed(x, common)) for x in (whole, list(part)) if kind == 'words'):
+        c = _measured('', kind, (phrase,), _having(f.lists, phrase), inside, f.tried)
+        if c.strength >= .88*core.strength: return replace(c, text=_as_written(f.texts[mine[0]], phrase))
+    return replace(core, text=_as_written(f.texts[mine[0]], part))
+
+# %% ../nbs/15_explain.ipynb #1b09578c
 def _words_of(c):
     "What a candidate's parts are made of: words, and their unusual characters."
     said = {w for p in c.parts for w in p}
     return said | {ch for w in said for ch in w if not ch.isascii()}
 
+# %% ../nbs/15_explain.ipynb #c32178e1
 def explained(
     c:Candidate,           # weaker
     by:Candidate,          # stronger
@@ -545,6 +573,7 @@ def explained(
     left = np.cumsum(mask)-1
     return bool(tail_p(int(inside[rest].sum()), len(rest), inside[mask])*tried*FAMILIES > level) if len(rest) and len(left) else True
 
+# %% ../nbs/15_explain.ipynb #42ddadf5
 def candidates(
     f:Features,            # of one side of the rows
     inside:np.ndarray,     # [N] bool: dropped?
@@ -552,28 +581,32 @@ def candidates(
     level:float=LEVEL,
     most:int=12,           # candidates to return
     look:int=4000,         # features to look at
-)->list:                   # those that stand out first, the strongest first
+)->list:                   # those that stand out first; the strongest and longest first: a long phrase, word by word, is no habit
     "What the dropped rows share on one side, each phrase once."
-    found, base = [], float(inside.mean())
-    singles = [(g, 1, k) for g, k in over_represented(f, inside, level)[:look]]
-    for _, single, x in sorted([(c.strength, 0, c) for c in pairs]+singles, key=lambda t: (-t[0], -t[1])):
-        c = x if not single else _measured('', *f.name(x), f.rows(x), inside, f.tried)
-        if any(explained(c, d, inside, f.tried, level) for d in found): continue
-        c = _candidate(f, x, inside) if single else c
-        if all((c.text, c.kind) != (d.text, d.kind) for d in found): found.append(c)
+    found, counts, common = [], (int(inside.sum()), int((~inside).sum())), _common_words(f, inside)
+    rare = lambda kind, parts: 1 if kind in ('character', 'pattern') else max(sum(w not in common for p in parts for w in p), 1)
+    weight = lambda strength, kind, parts: strength*(1+math.log(rare(kind, parts)))
+    queue = [(weight(g, *f.name(k)), True, k) for g, k in over_represented(f, inside, level)[:look]]
+    queue += [(weight(c.strength, c.kind, c.parts), False, c) for c in pairs]
+    for _, single, x in sorted(queue, key=lambda q: (-q[0], -q[1])):
+        for make in (lambda k: _measured('', *f.name(k), f.rows(k), inside, f.tried), lambda k: _candidate(f, k, inside, common)):
+            c = make(x) if single else x
+            if any(explained(c, d, inside, f.tried, level) for d in found): break             # as it is, or as what it grows into
+        else: found.append(c)
         if len(found) == 2*most: break
-    return sorted(found, key=lambda c: (not stands_out(c, base, level), -c.strength))[:most]
+    return sorted(found, key=lambda c: (not stands_out(c, *counts, level), -weight(c.strength, c.kind, c.parts)))[:most]
 
-# %% ../nbs/15_explain.ipynb #25cfe10a
+# %% ../nbs/15_explain.ipynb #205b6787
 COLUMNS = 'text', 'kind', 'inside', 'elsewhere', 'share', 'exclusive', 'strength', 'p', 'stands_out', 'examples'
 
 def _table(found, inside, row, level):
     "Candidates as a frame; `examples` are rows of the source."
-    base, A = float(inside.mean()) if len(inside) else 0., max(int(inside.sum()), 1)
+    A, B = int(inside.sum()), int((~inside).sum())
     example = lambda c: [int(row[i]) for i in c.rows[inside[c.rows]][:5]]
-    return pd.DataFrame([dict(text=c.text, kind=c.kind, inside=c.inside, elsewhere=c.elsewhere, share=c.inside/A, exclusive=c.exclusive, strength=c.strength,
-                              p=c.p, stands_out=stands_out(c, base, level), examples=example(c)) for c in found], columns=list(COLUMNS))
+    return pd.DataFrame([dict(text=c.text, kind=c.kind, inside=c.inside, elsewhere=c.elsewhere, share=c.inside/max(A, 1), exclusive=c.exclusive, strength=c.strength,
+                              p=c.p, stands_out=stands_out(c, A, B, level), examples=example(c)) for c in found], columns=list(COLUMNS))
 
+# %% ../nbs/15_explain.ipynb #2d81ad3f
 def _pair_table(triggers, payloads, inside, row, tried, level):
     "Which trigger goes with which payload, most strongly tied first."
     out, N = [], len(inside)
@@ -588,7 +621,7 @@ def _pair_table(triggers, payloads, inside, row, tried, level):
     columns = ['trigger', 'payload', 'inside', 'elsewhere', 'exclusive', 'llr', 'p', 'examples']
     return pd.DataFrame(out, columns=columns).sort_values('llr', ascending=False, kind='stable', ignore_index=True)
 
-# %% ../nbs/15_explain.ipynb #cc9d80ef
+# %% ../nbs/15_explain.ipynb #fbeb25d2
 @dataclass(eq=False)
 class VerdictExplanation:
     "What the dropped rows have in common and the kept rows lack."
@@ -601,9 +634,10 @@ class VerdictExplanation:
     tried:int                # candidates tried, pairs included
     level:float = LEVEL      # chance that rows drawn at random show any candidate
 
-    def top(self, side): return [c for c in self.found[side] if stands_out(c, self.dropped/max(self.dropped+self.kept, 1), self.level)]
+    def top(self, side): return [c for c in self.found[side] if stands_out(c, self.dropped, self.kept, self.level)]
     def __repr__(self): return f'VerdictExplanation: {self.sentence()}'
 
+# %% ../nbs/15_explain.ipynb #0ef7b925
 def _said(c, kept):
     "A candidate with its counts."
     quoted = c.text if c.kind in ('pattern', 'character') else f'“{c.text}”'
@@ -617,14 +651,15 @@ def _sentence(self, most=6):
     parts = [(what, self.top(side)) for what, side in (('the answers share', 'payloads'), ('the prompts share', 'triggers'))]
     said = [f'{what} {", ".join(_said(c, self.kept) for c in cs[:most])}'+f' and {len(cs)-most} more'*(len(cs) > most) for what, cs in parts if cs]
     if not said: return f'Nothing stands out: of {self.tried:,} words, phrases and patterns tried, none belongs to the {of} apart from chance and habit.'
-    worst = max(c.p for _, cs in parts for c in cs[:most])
+    worst, best = max(c.p for _, cs in parts for c in cs[:most]), max(c.inside for _, cs in parts for c in cs)
+    first = f'Of {of}' if best >= .5*n else f'Nothing is common to most of the {n:,} dropped rows ({self.kept:,} were kept), but some share a phrase'
     less = ' (no trigger stands out in the prompts)' if not parts[1][1] else ' (no payload stands out in the answers)' if not parts[0][1] else ''
     chance = '1e-300' if worst < 1e-300 else f'{worst:.1g}'
-    return f'Of {of}, {"; ".join(said)}{less}; each by Fisher\'s exact test with p at most {chance} after Bonferroni correction for {self.tried:,} candidates tried.'
+    return f'{first}: {"; ".join(said)}{less}; each by Fisher\'s exact test with p at most {chance} after Bonferroni correction for {self.tried:,} candidates tried.'
 
 VerdictExplanation.sentence = _sentence
 
-# %% ../nbs/15_explain.ipynb #c73601b2
+# %% ../nbs/15_explain.ipynb #7f50e6ee
 def _explanation_html(self):
     "The sentence and the three tables; candidates hold nothing invisible, and all is escaped."
     show = lambda name, t: f'<p style="margin:10px 0 2px"><b>{name}</b></p>'+t.to_html(index=False, escape=True, float_format='%.3g', border=0) if len(t) else ''
@@ -634,6 +669,7 @@ def _explanation_html(self):
 VerdictExplanation._repr_html_ = _explanation_html
 VerdictExplanation.to_html = lambda self: page_html('What the dropped rows share', _explanation_html(self))
 
+# %% ../nbs/15_explain.ipynb #15dd311b
 def check_rows(
     verdict,         # a `Verdict`
     samples,         # what it should be about
@@ -663,7 +699,7 @@ def explain_verdict(
     return VerdictExplanation(_table(triggers, inside, row, level), _table(payloads, inside, row, level), pairs, dict(triggers=triggers, payloads=payloads),
                               n, len(inside)-n, P.tried+R.tried+3*V*(V-1)//2+P.tried*R.tried, level)
 
-# %% ../nbs/15_explain.ipynb #77b132aa
+# %% ../nbs/15_explain.ipynb #d7738e8c
 def _pattern(phrase):
     "A regular expression for words in a row, with the white space before them on their line."
     words_ = r'\s*'.join(map(re.escape, phrase))
@@ -684,6 +720,7 @@ def remover(
         return out, len(words(text))-len(words(out)) if out != text else 0
     return remove
 
+# %% ../nbs/15_explain.ipynb #926e1692
 def without_piece(
     text:str,    # any text
     n:int,       # words to remove
@@ -695,7 +732,7 @@ def without_piece(
     i = int(rng.integers(len(at)-n+1))
     return text[:at[i].start()].rstrip(' ')+text[at[i+n-1].end():]
 
-# %% ../nbs/15_explain.ipynb #6c1b799d
+# %% ../nbs/15_explain.ipynb #79a18e90
 def _edited(sample, side, edit):
     "A sample with one side's text changed, in a conversation turn by turn; None if nothing changed."
     if sample.messages is None: new = replace(sample, **{side: edit(getattr(sample, side))})
@@ -709,17 +746,22 @@ def _chosen(given, found):
     if given is None: return list(found)
     return [given] if isinstance(given, (str, Candidate)) else list(given)
 
+# %% ../nbs/15_explain.ipynb #4ff9c7aa
+def _control(remove, seed):
+    "What takes a random piece of as many words out of a text as `remove` would."
+    rng = np.random.default_rng(seed)
+    return lambda text: without_piece(text, remove(text)[1], rng)
+
 def _removals(rows, side, what, seed):
     "(samples without the candidate, samples without a random piece of as many words, their places in `rows`)."
     remove, made = remover(what), []
     for i, s in enumerate(rows):
         new = _edited(s, side, lambda t: remove(t)[0])
         if new is None: continue
-        rng = np.random.default_rng(seed_for('causal control', s.id, seed))
-        made.append((new, _edited(s, side, lambda t: without_piece(t, remove(t)[1], rng)) or s, i))
+        made.append((new, _edited(s, side, _control(remove, seed_for('causal control', s.id, seed))) or s, i))
     return [list(x) for x in zip(*made)] or [[], [], []]
 
-# %% ../nbs/15_explain.ipynb #9cfb9b97
+# %% ../nbs/15_explain.ipynb #c0b6a960
 def _change(name, before, after, cut):
     "One line of the causal check; rows that cannot be scored without the piece are counted apart."
     ok = np.isfinite(after)
@@ -727,11 +769,13 @@ def _change(name, before, after, cut):
     return dict(removed=name, rows=len(after), unscored=int((~ok).sum()), before=med(before[ok]), after=med(after[ok]), change=med((after-before)[ok]),
                 below=float((after[ok] <= cut).mean()) if ok.any() else math.nan)
 
+# %% ../nbs/15_explain.ipynb #99bcbccc
 def _check_sentry(sentry, verdict):
     said, mine = verdict.scores.info.get('statistic'), sentry.settings.statistic
     if said != mine: raise DataError(f'The verdict was made by {said!r} and this sentry scores by {mine!r}: give the sentry that made it.')
     if not verdict.flagged.any(): raise DataError('Nothing was dropped, so there is nothing to take a candidate out of.')
 
+# %% ../nbs/15_explain.ipynb #db53e327
 def causal_check(
     sentry,               # the `Sentry` that made the verdict
     samples,              # its samples
@@ -774,7 +818,7 @@ class Sketcher:
         sD, sH = self.side(blocks[0][0].shape[1], f.H.shape[1], f.H)
         return sum((D.to(sD)@sD).T@(H@sH) for D, H in blocks).flatten().double().cpu().numpy()
 
-# %% ../nbs/15_explain.ipynb #919669d8
+# %% ../nbs/15_explain.ipynb #32d6fe4b
 @dataclass(eq=False)
 class GradientMap:
     "Where each row lies by its gradient."
@@ -788,6 +832,7 @@ class GradientMap:
     def __repr__(self): return f'GradientMap({len(self)} rows, {int(np.isfinite(self.xy[:, 0]).sum())} placed by {self.method})'
     def _repr_html_(self): return f'<p>{html.escape(repr(self))}</p>'+self.frame.head(5).to_html(index=False, escape=True, float_format='%.3g')
 
+# %% ../nbs/15_explain.ipynb #858f6cb1
 def _neighbours(self,
     i:int,          # place of a row in the samples
     k:int=5,        # how many
@@ -804,7 +849,7 @@ def _neighbours(self,
 
 GradientMap.neighbours = _neighbours
 
-# %% ../nbs/15_explain.ipynb #b5e33fce
+# %% ../nbs/15_explain.ipynb #6d44bec3
 LAYOUTS = {}  # method -> function([n, m] unit vectors, seed) -> [n, 2]
 
 def layout(f): LAYOUTS[f.__name__.strip('_')] = f; return f
@@ -825,6 +870,7 @@ def _umap(X, seed=0):
     if len(X) < 5: raise DataError(f"UMAP needs at least 5 rows with a gradient, these are {len(X)}; use method='pca'.")
     return umap.UMAP(n_neighbors=min(15, len(X)-1), metric='cosine', random_state=seed, n_jobs=1, init='random' if len(X) < 30 else 'spectral').fit_transform(X)
 
+# %% ../nbs/15_explain.ipynb #124b9e19
 def _all_sketches(sentry, samples, size, seed, progress):
     "[N, size*size] sketches of length 1; NaN where there is no gradient."
     encoded, sketched = sentry.encode(samples), Sketcher(size, seed)

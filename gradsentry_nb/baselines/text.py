@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 
 from ..core import Scores, SettingError, Verdict, ticking
 from ..data import EMPTY, as_samples, encode_samples, fingerprint
-from ..textstats import answer_words, grams, log_likelihood_ratio, most_repeated, text_columns, tie_strength
+from ..textstats import answer_words, grams, log_likelihood_ratio, most_repeated, text_columns, tie_strength  # noqa: F401 (the ratio is offered here, too)
 from ..threshold import THRESHOLDS, check_rate, check_threshold, cut_scores, decide, need_clean
 
 # %% ../../nbs/30_baselines.text.ipynb #20925ee9
