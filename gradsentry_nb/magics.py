@@ -500,7 +500,7 @@ def _stoppable(g):
         e._render_traceback_ = lambda: [said]      # what IPython shows instead of a traceback
         raise
 
-# %% ../nbs/51_magics.ipynb #61fde644
+# %% ../nbs/51_magics.ipynb #110ef9db
 def _live_line(p):
     source_arguments(p, 'SOURCE', SOURCE)
     score_arguments(p, None); room_arguments(p)
@@ -520,7 +520,7 @@ def _verdict_line(p, option=False):
                    help='a variable that holds a Verdict or a view, or a verdict.json (default: the verdict of the last scan)')
     p.add_argument('--samples', metavar='SOURCE', help='the rows that it is about, when no magic has scanned them')
 
-@magic(_verdict_line, {'%gs_view': 'widgets.view(verdict, samples)', '%gs_view mine --samples rows': 'widgets.view(mine, rows)'})
+@magic(_verdict_line, {'%gs_view': 'widgets.view(verdict, samples, sentry)', '%gs_view mine --samples rows': 'widgets.view(mine, load_samples(rows))'})
 def _gs_view(g, a):
     """Look through a Verdict: its rows, its cut, its charts. Returns the view."""
     from gradsentry_nb.widgets import view

@@ -27,7 +27,7 @@ from gradsentry_nb.demo import demo_model, demo_model_path, demo_path, demo_rows
 from gradsentry_nb.magics import MAGICS, attached, cell_samples, completions, line_function, parse_line, split_line, unfinished
 from gradsentry_nb.sentry import PRESETS, Sentry
 
-ROWS = demo_rows(12, rate=.1)[0]   # fewer than a valley needs: nothing here is about cuts
+ROWS = demo_rows(25, rate=.1)[0]   # fewer than a valley needs: nothing here is about cuts
 
 
 def new_shell(**config):
@@ -154,7 +154,7 @@ s = InteractiveShell(config=Config(HistoryManager=dict(enabled=False)))
 before = set(sys.modules)
 s.run_line_magic('load_ext', 'gradsentry_nb'); s.run_line_magic('gs_scan', '--help')
 new = {m.partition('.')[0] for m in set(sys.modules)-before}
-sys.exit(', '.join(new & {'torch', 'transformers', 'numpy', 'pandas', 'altair', 'ipywidgets', 'datasets'}))'''
+sys.exit(', '.join(new & {'torch', 'transformers', 'numpy', 'pandas', 'altair', 'ipywidgets', 'datasets'}) or None)'''
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -179,20 +179,20 @@ def test_every_twin_is_the_same(ready, stubs, scanned, model, monkeypatch):
     with open('data.jsonl', 'w') as f: f.writelines(json.dumps(r)+'\n' for r in ROWS)
     shutil.copytree(demo_model_path(), 'my-model')
     monkeypatch.setattr('gradsentry_nb.demo.demo_path', lambda: 'data.jsonl')
-    mine = samples[:11]
+    clean = samples[:11]
     ns = {n: getattr(gradsentry_nb, n) for n in ('Sentry', 'load_samples', 'demo_model', 'poison', 'write_outputs', 'report_html')}
     ns.update(widgets=sys.modules['gradsentry_nb.widgets'], explain=sys.modules['gradsentry_nb.explain'], model=model[0], tokenizer=model[1], sentry=sentry,
-              samples=samples, demo_path=lambda: 'data.jsonl')
-    ready.user_ns.update(rows=ROWS, mine=mine)
+              samples=samples, demo_path=lambda: 'data.jsonl', rows=ROWS)
+    ready.user_ns.update(rows=ROWS)
     checked = 0
     for m in MAGICS.values():
         for line, code in m.twins.items():
             calibrated = 'known-clean' in line
             ready.run_line_magic('gs_scan', 'data.jsonl --quiet')
             if m.name == 'gs_view': ready.user_ns['mine'] = attached(ready).verdict
-            ns.update(verdict=attached(ready).verdict, mine=ready.user_ns['mine'], rows=attached(ready).samples if m.name == 'gs_view' else ROWS)
+            ns.update(verdict=attached(ready).verdict, mine=ready.user_ns.get('mine'), sentry=attached(ready).sentry)
             words = line.partition(' ')[2].replace('--known-clean mine', '--known-clean mine --fpr 0.1' if calibrated else '')
-            if calibrated: code = code.replace("threshold='calibrated'", "threshold='calibrated', fpr=.1"); ready.user_ns['mine'] = ns['mine'] = mine
+            if calibrated: code = code.replace("threshold='calibrated'", "threshold='calibrated', fpr=.1"); ready.user_ns['mine'] = ns['mine'] = clean
             got = ready.run_line_magic(m.name, words) if m.kind == 'line' else ready.run_cell_magic(m.name, words, '{"prompt": "...", "response": "..."}')
             made = dict(ns)
             body, _, last = code.rpartition('; ')
@@ -433,7 +433,7 @@ def test_explain(ready, stubs, scanned):
     assert ready.run_line_magic('gs_explain', '') == ('verdict', v, attached(ready).samples)
     assert ready.run_line_magic('gs_explain', '7')[1:] == (attached(ready).sentry, attached(ready).samples[7])
     assert ready.run_line_magic('gs_explain', attached(ready).samples[5].id)[2].row == 5
-    for line in ('12', '-1', 'x', '1.5', '9'*5000): assert 'There is no row' in refused(ready, 'gs_explain', line)
+    for line in ('25', '-1', 'x', '1.5', '9'*5000): assert 'There is no row' in refused(ready, 'gs_explain', line)
     (v_file := 'verdict.json') and open(v_file, 'w').write(v.to_json())
     assert ready.run_line_magic('gs_explain', '--verdict verdict.json')[1].drop == v.drop
     with open('broken.json', 'w') as f: f.write('{"format": "gradsentry-verdict-1"}')
