@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from traitlets import Bool, Float, Int, TraitError, Unicode, Union, validate
 from traitlets.config import Config, Configurable  # the rest is imported where it is used: loading the extension must cost nothing
 
-# %% ../nbs/51_magics.ipynb #431e5073
+# %% ../nbs/51_magics.ipynb #283d92c3
 def whole(
     text:str,                       # what stands on the line
 )->int:
@@ -44,6 +44,7 @@ def source_arguments(
     p.add_argument('--split', help='split of a data set that has several')
     p.add_argument('--limit', type=whole, metavar='N', help='read only the first N rows')
 
+# %% ../nbs/51_magics.ipynb #fceb963a
 def score_arguments(
     p,                              # an `argparse` parser
     preset:str|None='default',      # the preset when the line names none
@@ -283,7 +284,7 @@ def _say(text):
     from gradsentry_nb.core import visible
     print(visible(text))
 
-# %% ../nbs/51_magics.ipynb #927ce1cd
+# %% ../nbs/51_magics.ipynb #e26f9d3e
 def _model_in(value):
     "((model, tokenizer), Sentry or None) of a variable, or None."
     from gradsentry_nb.sentry import Sentry
@@ -297,6 +298,7 @@ def _stamp(name):
     try: return max(f.stat().st_mtime_ns for f in os.scandir(name))
     except (OSError, ValueError): return None
 
+# %% ../nbs/51_magics.ipynb #c72cdbd2
 def keep_model(
     g:GradSentry,       # what the magics hold
     name:str,           # a folder, a hub name, `demo`, or a variable
@@ -321,7 +323,7 @@ def keep_model(
 
 _DEMO = 'the embedded demo model'
 
-# %% ../nbs/51_magics.ipynb #c17b299a
+# %% ../nbs/51_magics.ipynb #d4fe0fea
 def _fields(g, a):
     "(preset, fields of `Settings`) of a line."
     from gradsentry_nb.sentry import settings_for
@@ -333,6 +335,7 @@ def _fields(g, a):
     usual = fields.pop('preset', 'default')
     return getattr(a, 'preset', None) or usual, fields
 
+# %% ../nbs/51_magics.ipynb #139859e5
 def sentry_for(
     g:GradSentry,       # what the magics hold
     a,                  # parsed arguments: settings
@@ -385,7 +388,7 @@ def magic(
         return f
     return add
 
-# %% ../nbs/51_magics.ipynb #baa7bb5a
+# %% ../nbs/51_magics.ipynb #45bf1687
 def _wide(prog): return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=120)
 
 class _LineParser(argparse.ArgumentParser):
@@ -405,6 +408,7 @@ class _LineParser(argparse.ArgumentParser):
         near = get_close_matches(name, options, n=1)
         self.error(f'there is no option {name}' + (f'; did you mean {near[0]}?' if near else f'; there are {", ".join(o for o in options if o[:2] == "--")}'))
 
+# %% ../nbs/51_magics.ipynb #7c6de417
 def split_line(
     line:str,       # what stands after the name of a magic
 )->list:            # its words
@@ -527,7 +531,7 @@ def _gs_view(g, a):
     verdict, rows, sentry = judged(g, a, needed=False)
     return view(verdict, samples=rows, sentry=sentry)
 
-# %% ../nbs/51_magics.ipynb #7d32fbe4
+# %% ../nbs/51_magics.ipynb #7fcf18ce
 def _verdict_in(g, name):
     "The Verdict that a name stands for; None means the last one."
     from gradsentry_nb.core import DataError, SettingError, Verdict
@@ -544,6 +548,7 @@ def _verdict_in(g, name):
     try: return Verdict.from_json(Path(path).expanduser().read_text(encoding='utf8'))
     except (ValueError, KeyError, TypeError, AttributeError): raise DataError(f'{path}: this is no verdict.json of a scan.') from None
 
+# %% ../nbs/51_magics.ipynb #0bac569d
 def judged(
     g:GradSentry,        # what the magics hold
     a,                   # parsed arguments: verdict and samples
@@ -561,7 +566,7 @@ def judged(
     if rows is None and needed: raise SettingError('Which rows is this verdict about? Name them: --samples SOURCE.')
     return verdict, rows, g.sentry if rows is not None and rows is g.samples else None
 
-# %% ../nbs/51_magics.ipynb #ec9f815b
+# %% ../nbs/51_magics.ipynb #9859fc68
 _PART = re.compile(r'^(prompt|response):[ \t]?', re.I | re.M)
 
 class cell(list): "Rows typed into a cell; the name of this class is what messages call them."
@@ -573,6 +578,7 @@ def _json_rows(text):
     except ValueError: return [_parse(line, 'cell', f'line {n}') for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     return rows if isinstance(rows, list) else [rows]
 
+# %% ../nbs/51_magics.ipynb #b2b7ddf8
 def cell_samples(
     text:str,       # the body of a cell
 ):                  # `Samples`
@@ -804,7 +810,7 @@ def _quoted(text, quote):
     if quote or os.name == 'nt' and re.search(r'\s', text): return f'{quote or chr(34)}{text}' + (quote or chr(34))*(not text.endswith('/'))
     return text if os.name == 'nt' else re.sub(r'([\s\'"\\;#])', r'\\\1', text)
 
-# %% ../nbs/51_magics.ipynb #56f2e740
+# %% ../nbs/51_magics.ipynb #67fec761
 def _wanted(p, words, raw):
     "(the argument whose value is being typed, its value so far); (None, raw) for the name of an option."
     options, places = p.options(), [x for x in p.known if not x.option_strings]
@@ -815,6 +821,7 @@ def _wanted(p, words, raw):
     given = [w for i, w in enumerate(words) if not w.startswith('-') and not (i and takes(words[i-1]))]
     return (places[len(given)] if len(given) < len(places) else None), raw
 
+# %% ../nbs/51_magics.ipynb #b107cc9b
 def completions(
     g:GradSentry,     # what the magics hold
     line:str,         # a line up to the cursor
@@ -853,7 +860,7 @@ def _matcher(g):
         return dict(completions=[SimpleCompletion(t, type='param') for t in texts], matched_fragment=fragment, suppress=bool(texts), ordered=True)
     return completer.custom_matchers, gs_arguments
 
-# %% ../nbs/51_magics.ipynb #ef5de4ed
+# %% ../nbs/51_magics.ipynb #f1d41b3d
 def attached(
     shell,            # the running shell
 ):                    # `GradSentry`, or None
@@ -880,6 +887,7 @@ def _configured(shell):
     except TraitError as e: _say(f'The settings of GradSentry in the IPython configuration are not used: {e}')
     return GradSentry(shell, Config())
 
+# %% ../nbs/51_magics.ipynb #dd605fbd
 def attach(
     shell,            # the running shell
     **more,           # other line magics: name -> function
