@@ -23,7 +23,7 @@ import gradsentry_nb
 from gradsentry_nb.attacks.triggers import ATTACKS, PAYLOADS
 from gradsentry_nb.core import Cut, Scores, Verdict
 from gradsentry_nb.data import Samples, load_samples
-from gradsentry_nb.demo import demo_model, demo_model_path, demo_path, demo_rows, demo_samples
+from gradsentry_nb.demo import demo_model, demo_model_path, demo_rows, demo_samples
 from gradsentry_nb.magics import MAGICS, attached, cell_samples, completions, line_function, parse_line, split_line, unfinished
 from gradsentry_nb.sentry import PRESETS, Sentry
 
@@ -173,6 +173,7 @@ def test_help(shell, capsys, name, flag):
     if MAGICS[name].kind == 'cell': assert shell.run_cell_magic(name, '--help', 'x') is None
 
 
+@pytest.mark.filterwarnings('ignore:.*hold the trigger already')
 def test_every_twin_is_the_same(ready, stubs, scanned, model, monkeypatch):
     "Run each line that stands in a help text, then the Python beside it, and compare."
     sentry, samples, verdict = scanned
@@ -198,8 +199,9 @@ def test_every_twin_is_the_same(ready, stubs, scanned, model, monkeypatch):
             body, _, last = code.rpartition('; ')
             exec(body, made)
             target, eq, value = last.partition(' = ')
-            wanted = eval(value if eq and re.fullmatch(r'[\w, ]+', target) else last, made)
-            alike(got, wanted)
+            last = value if eq and re.fullmatch(r'[\w, ]+', target) else last
+            exec(f'wanted = {last}', made)
+            alike(got, made['wanted'])
             checked += 1
     assert checked >= 11
 
