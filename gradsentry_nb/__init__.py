@@ -60,23 +60,28 @@ def __getattr__(name):
 
 def __dir__(): return [*globals(), *_home]
 
-# %% ../nbs/90_extension.ipynb #0ffcf320
+# %% ../nbs/90_extension.ipynb #e4bf1796
 def _magic(line):
+    "The `gradsentry` command as a line of a notebook."
     import shlex
     from IPython.core.error import UsageError
     from gradsentry_nb.cli import main
-    try: status = main(shlex.split(line) or ["--help"])
+    try: words = shlex.split(line)
+    except ValueError: raise UsageError("%gradsentry: a quote is not closed, or a backslash ends the line.") from None
+    try: status = main(words or ["--help"])
     except SystemExit as e: status = 0 if e.code in (0, None) else 2
     if status: raise UsageError("%gradsentry stopped; the line above says why.")
 
 def load_ipython_extension(
     ipython,  # the running shell
 ):
-    "Add the `%gradsentry` magic."
-    ipython.register_magic_function(_magic, "line", "gradsentry")
+    "Add the magics."
+    from gradsentry_nb.magics import attach
+    attach(ipython, gradsentry=_magic)
 
 def unload_ipython_extension(
     ipython,  # the running shell
 ):
-    "Remove the `%gradsentry` magic."
-    ipython.magics_manager.magics["line"].pop("gradsentry", None)
+    "Take them out again, and put back what was there before."
+    from gradsentry_nb.magics import detach
+    detach(ipython)
