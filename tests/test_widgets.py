@@ -5,6 +5,7 @@ import time
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from gradsentry_nb.widgets import COLUMNS, METHODS, NUMBERS, Board, LiveScan, Ro
 
 
 @cache
-def demo(): return Sentry(*demo_model(), name='demo'), *demo_samples(200, seed=5)
+def demo(): return Sentry(*demo_model(), name='demo'), *demo_samples(400, seed=5)
 
 
 @cache
@@ -40,9 +41,9 @@ def test_a_live_scan_gives_what_score_gives():
     seen = []
     live = LiveScan(sentry, samples, lambda s: seen.append((s.state, len(s.scan))), every=0).start().wait()
     whole = sentry.score(samples, progress=False).frame
-    assert live.state == 'done' and seen[-1] == ('done', 200) and len(seen) > 3 and [n for _, n in seen] == sorted(n for _, n in seen)
+    assert live.state == 'done' and seen[-1] == ('done', 400) and len(seen) > 3 and [n for _, n in seen] == sorted(n for _, n in seen)
     for c in NUMBERS: np.testing.assert_allclose(live.numbers[c], whole[c], rtol=1e-9, equal_nan=True)
-    assert live.scan.scores().frame.equals(whole)
+    pd.testing.assert_frame_equal(live.scan.scores().frame, whole, rtol=1e-9)
 
 
 def test_pause_resume_stop():
@@ -53,15 +54,15 @@ def test_pause_resume_stop():
     live = LiveScan(sentry, samples, tell, every=0).start()
     assert held.wait(60) and live.state == 'paused'
     time.sleep(.3); n = len(live.scan); time.sleep(.3)
-    assert len(live.scan) == n < 200, 'nothing is scored while it is held'
+    assert len(live.scan) == n < 400, 'nothing is scored while it is held'
     live.start()
-    assert live.wait(60).state == 'done' and len(live.scan) == 200
+    assert live.wait(60).state == 'done' and len(live.scan) == 400
 
 
 def test_stop_keeps_what_is_done():
     sentry, samples, _ = demo()
     live = LiveScan(sentry, samples, lambda s: s.stop() if len(s.scan) > 30 else None, every=0).start().wait(60)
-    assert live.state == 'stopped' and 30 < len(live.scan) < 200
+    assert live.state == 'stopped' and 30 < len(live.scan) < 400
     part = live.scan.partial()
     whole = sentry.score(samples, progress=False).frame.set_index('id')
     np.testing.assert_allclose(part.frame['log_volume'], whole.loc[part.frame['id'], 'log_volume'], rtol=1e-9)
@@ -122,7 +123,7 @@ def test_pages_are_the_sorted_and_searched_rows(sort, down, show, query, size):
     flagged = verdict().flagged
     text = [s.prompt+'\n'+s.response for s in demo()[1]]
     keep = dict(all=lambda i: True, dropped=lambda i: flagged[i], kept=lambda i: not flagged[i], selected=lambda i: 5 <= i < 60, marked=lambda i: 10 <= i < 14)[show]
-    wanted = {b.frame['id'][i] for i in range(200) if keep(i) and query.lower() in text[i].lower()}
+    wanted = {b.frame['id'][i] for i in range(400) if keep(i) and query.lower() in text[i].lower()}
     assert {r['id'] for r in every} == wanted and len(every) == found == len(wanted)
     value = {id: getattr(s, sort) if sort in ('prompt', 'response') else b.marks.get(id) if sort == 'mark' else b.frame[sort][b.at[id]] for id, s in zip(b.frame['id'], demo()[1])}
     known = [value[r['id']] for r in every if value[r['id']] is not None and value[r['id']] == value[r['id']]]
@@ -228,7 +229,7 @@ def test_brush_open_mark_and_take_away(tmp_path):
     w.on_mark('poison')
     assert w.marks == dict.fromkeys(w.selected, 'poison')
     w.on_open([verdict().drop[0]])
-    assert 'malicious' in w.detail.value and w.selected == verdict().drop[:1]
+    assert 'malicious' in re.sub('<[^>]+>', '', w.detail.value) and w.selected == verdict().drop[:1]
     assert [s.id for s in w.clean] == verdict().keep
     w.folder.value = str(tmp_path/'out'); w.on_write(None)
     assert len((tmp_path/'out/clean.jsonl').read_text().splitlines()) == len(verdict().keep) and 'clean.jsonl' in w.status.value
@@ -237,7 +238,8 @@ def test_brush_open_mark_and_take_away(tmp_path):
 def test_the_dashboard_ends_in_the_verdict_of_filter():
     sentry, samples, truth = demo()
     d = dashboard(sentry, samples, truth, renderer='plain'); d.live.wait(60)
-    assert d.verdict.drop == verdict().drop and d.verdict.cut == verdict().cut and d.verdict.scores.frame.equals(verdict().scores.frame)
+    assert d.verdict.drop == verdict().drop and d.verdict.cut.value == pytest.approx(verdict().cut.value)
+    pd.testing.assert_frame_equal(d.verdict.scores.frame, verdict().scores.frame, rtol=1e-9)
     assert d.verdict.scores.info == verdict().scores.info
     d.k.value = 8; d.on_go(None); d.live.wait(60)
     assert d.verdict.scores.info['settings']['k'] == 8
@@ -250,7 +252,7 @@ def test_known_clean_rows_are_scored_first():
     own = Sentry(*demo_model(), threshold='calibrated', fpr=.05)
     d = dashboard(own, samples, known_clean=clean, renderer='plain'); d.live.wait(60)
     wanted = own.filter(samples, clean, progress=False)
-    assert d.verdict.cut == wanted.cut and d.verdict.drop == wanted.drop
+    assert d.verdict.cut.value == pytest.approx(wanted.cut.value) and d.verdict.cut.reason == wanted.cut.reason and d.verdict.drop == wanted.drop
 
 
 def test_a_stopped_dashboard_shows_what_is_done():
@@ -259,7 +261,7 @@ def test_a_stopped_dashboard_shows_what_is_done():
     d.live.every, d.live.tell = 0, lambda s: (d.on_rows(s), s.stop() if len(s.scan) > 40 else None)
     d.on_go(None); d.live.wait(60)
     f = d.verdict.scores.frame
-    assert d.live.state == 'stopped' and 40 < f['score'].notna().sum() < 200 and f['problem'].str.contains('stopped').sum() == f['score'].isna().sum()
+    assert d.live.state == 'stopped' and 40 < f['score'].notna().sum() < 400 and f['problem'].str.contains('stopped').sum() == f['score'].isna().sum()
     assert d.verdict.scores.info['interrupted']
 
 
@@ -295,6 +297,6 @@ def test_renderer(monkeypatch):
 def test_both_renderers_follow_the_board(how):
     w = view(verdict(), demo()[1], renderer=how)
     w.slider.value = float(np.median(w.board.score))
-    assert len(w.verdict.drop) == 100
+    assert len(w.verdict.drop) == 200
     if how == 'live': assert w.pictures.charts['bins'].params.cut == w.board.cut.value
     assert set(METHODS) == set(w.method.options)
