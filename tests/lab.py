@@ -72,6 +72,7 @@ class Lab:
             if said == wanted: return said
             time.sleep(.2)
         raise AssertionError(f'{code!r} printed {said!r}, not {wanted!r}')
+    def save(self): self.page.evaluate('async () => { await jupyterapp.commands.execute("docmanager:save") }')
     def shot(self, path): self.page.screenshot(path=str(path))
 
 
