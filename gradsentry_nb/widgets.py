@@ -359,7 +359,7 @@ class PlainPictures:
 
 PICTURES = {'live': LivePictures, 'plain': PlainPictures}
 
-# %% ../nbs/50_widgets.ipynb #21bb1fdc
+# %% ../nbs/50_widgets.ipynb #b9cc8682
 class PlainTable:
     "The page of a table as a list of core ipywidgets: for front ends without custom widgets."
     def __init__(self, opened):
@@ -379,14 +379,17 @@ class LiveTable:
     def __init__(self, opened, board, moved, view=''):
         columns = [dict(name=n, label=label, kind=kind) for n, (label, kind) in COLUMNS.items()]
         self.widget, self.board = RowTable(columns=columns, sort=board.sort, down=board.down, view=view), board
-        self.widget.observe(lambda c: opened([x for x in c['new']]), 'picked')
+        self.quiet = False
+        self.widget.observe(lambda c: None if self.quiet else opened(list(c['new'])), 'picked')
         def order(c): board.sort, board.down, board.page = self.widget.sort, self.widget.down, 0; moved()
         self.widget.observe(order, ['sort', 'down'])
     def show(self, rows, board):
         on = set(board.selected)
-        with self.widget.hold_trait_notifications():
+        self.quiet = True
+        try:
             self.widget.rows = rows
-            self.widget.set_trait('picked', [r['id'] for r in rows if r['id'] in on] if len(on) > 1 else self.widget.picked)
+            self.widget.picked = [r['id'] for r in rows if r['id'] in on]
+        finally: self.quiet = False
 
 # %% ../nbs/50_widgets.ipynb #1bb2961f
 def _polite(f):

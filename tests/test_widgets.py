@@ -299,6 +299,14 @@ def test_renderer(monkeypatch):
 
 
 @pytest.mark.parametrize('how', ['live', 'plain'])
+def test_a_selection_is_larger_than_a_page(how):
+    w = view(verdict(), demo()[1], renderer=how)
+    w.on_brush(*np.quantile(w.board.score, [.8, 1]), 'score')
+    w.on_page(1)
+    assert len(w.selected) == 80 and '80 rows, page 2 of 7' in w.paging.value
+
+
+@pytest.mark.parametrize('how', ['live', 'plain'])
 def test_both_renderers_follow_the_board(how):
     w = view(verdict(), demo()[1], renderer=how)
     w.at.value = float(np.median(w.board.score))
