@@ -12,7 +12,10 @@ __all__ = ['load_ipython_extension', 'unload_ipython_extension', 'Sample', 'Scor
            'ATTACKS', 'PAYLOADS', 'Truth', 'poison', 'triggered', 'hard_suite', 'sections', 'with_section',
            'onion_clean', 'cleangen', 'DETECTORS', 'make_detector', 'detector_table', 'score_all', 'filter_all',
            'finetune', 'FineTuned', 'TRAIN_PRESETS', 'Evaluation', 'Behaviour', 'behaviour', 'Grid', 'DataSet',
-           'run_grid', 'collect', 'over_seeds', 'experiment_grid', 'EXPERIMENTS']
+           'run_grid', 'collect', 'over_seeds', 'experiment_grid', 'EXPERIMENTS', 'score_strip', 'score_against',
+           'spectra', 'sample_map', 'precision_recall', 'roc', 'layer_map', 'chart_svg', 'still', 'explain_row',
+           'RowExplanation', 'explain_verdict', 'VerdictExplanation', 'causal_check', 'gradient_map', 'GradientMap',
+           'dashboard', 'view', 'LiveScan']
 
 # %% ../nbs/90_extension.ipynb #79f4fbe7
 from importlib import import_module
@@ -32,6 +35,9 @@ _home = {
     "Sentry": "sentry", "Settings": "sentry", "PRESETS": "sentry", "ScanInterrupted": "sentry",
     "score_histogram": "charts", "score_by_length": "charts", "grid_map": "charts", "rate_lines": "charts", "side_by_side": "charts",
     "attack_and_cost": "charts",
+    "score_strip": "charts", "score_against": "charts", "spectra": "charts", "sample_map": "charts", "precision_recall": "charts", "roc": "charts", "layer_map": "charts", "chart_svg": "charts", "still": "charts",
+    "explain_row": "explain", "RowExplanation": "explain", "explain_verdict": "explain", "VerdictExplanation": "explain", "causal_check": "explain", "gradient_map": "explain", "GradientMap": "explain",
+    "dashboard": "widgets", "view": "widgets", "LiveScan": "widgets",
     "write_outputs": "report", "report_html": "report",
     "generate_answers": "generate",
     "archaic": "attacks.style", "style_transfer": "attacks.style",
@@ -51,7 +57,8 @@ _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "D
          "grid_map", "rate_lines", "side_by_side", "attack_and_cost", "write_outputs", "report_html", "generate_answers", "archaic",
          "style_transfer", "ATTACKS", "PAYLOADS", "Truth", "poison", "triggered", "hard_suite", "sections", "with_section", "onion_clean",
          "cleangen", "DETECTORS", "make_detector", "detector_table", "score_all", "filter_all", "finetune", "FineTuned", "TRAIN_PRESETS",
-         "Evaluation", "Behaviour", "behaviour", "Grid", "DataSet", "run_grid", "collect", "over_seeds", "experiment_grid", "EXPERIMENTS"]
+         "Evaluation", "Behaviour", "behaviour", "Grid", "DataSet", "run_grid", "collect", "over_seeds", "experiment_grid", "EXPERIMENTS",
+         "score_strip", "score_against", "spectra", "sample_map", "precision_recall", "roc", "layer_map", "chart_svg", "still", "explain_row", "RowExplanation", "explain_verdict", "VerdictExplanation", "causal_check", "gradient_map", "GradientMap", "dashboard", "view", "LiveScan"]
 
 # %% ../nbs/90_extension.ipynb #9a431495
 def __getattr__(name):

@@ -7,10 +7,11 @@ __all__ = ['KEPT', 'DROPPED', 'NOTE', 'CURVE', 'WORDS', 'GREY', 'LINE', 'TITLES'
            'SHAPES', 'FAR', 'MEASURES', 'themed', 'cut_sentence', 'histogram_bins', 'score_histogram', 'thin_out',
            'score_by_length', 'strip_rows', 'score_strip', 'score_against', 'spectra', 'sample_map', 'precision_recall',
            'roc', 'layer_bins', 'layer_map', 'as_values', 'data_update', 'live_histogram', 'live_strip', 'grid_map',
-           'rate_lines', 'side_by_side', 'attack_and_cost', 'chart_svg']
+           'rate_lines', 'side_by_side', 'attack_and_cost', 'chart_svg', 'Still', 'still']
 
 # %% ../nbs/14_charts.ipynb #6476aade
 import io, os, textwrap
+from base64 import b64encode
 
 import altair as alt, numpy as np, pandas as pd
 
@@ -759,3 +760,19 @@ def chart_svg(
     out = io.StringIO()
     with alt.data_transformers.enable('default', max_rows=None): chart.save(out, format='svg')
     return out.getvalue()
+
+# %% ../nbs/14_charts.ipynb #f8e2f65a
+class Still:
+    "A picture as SVG and as PNG."
+    def __init__(self, svg, png): self.svg, self.png = svg, png
+    def __repr__(self): return f'Still({len(self.svg):,} characters of SVG)'
+    def _repr_mimebundle_(self, include=None, exclude=None): return {'image/svg+xml': self.svg, 'image/png': b64encode(self.png).decode(), 'text/plain': repr(self)}
+
+def still(
+    chart,            # an Altair chart
+    scale:float=1.,   # pixels of the PNG to one of the drawing
+)->Still:
+    "A chart as a picture that needs no script, no network and no trust."
+    out = io.BytesIO()
+    with alt.data_transformers.enable('default', max_rows=None): chart.save(out, format='png', scale_factor=scale)
+    return Still(chart_svg(chart), out.getvalue())

@@ -209,6 +209,10 @@ class Verdict:
         "All rows with their statistics and `flagged`, most suspicious first."
         return self.scores.frame.assign(flagged=self.flagged).sort_values('score', ascending=False, kind='stable', ignore_index=True)
 
+    def view(self, samples=None, **kw):
+        "Look at it, move the cut, mark rows: `gradsentry_nb.widgets.view`, which is named here because nothing can import what stands above it."
+        return import_module('gradsentry_nb.widgets').view(self, samples, **kw)
+
     def __repr__(self):
         n, k = len(self.scores), int(self.flagged.sum())
         if not self.cut.separated: return f'Verdict: nothing dropped of {n} rows. {self.cut.reason}'
