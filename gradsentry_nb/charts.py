@@ -587,7 +587,7 @@ def as_values(
     return [{k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in r.items()} for r in frame.to_dict('records')]
 
 def data_update(
-    name:str,             # 'bins' or 'rows'
+    name:str,             # 'bins', 'rows' or 'picked'
     frame:pd.DataFrame,   # the new data
 )->list:                  # for `JupyterChart._py_to_js_updates`, the trait through which Altair itself sends data
     "New values for a named data source of a chart that is on screen."
@@ -597,6 +597,11 @@ def _params(cut):
     "The parameters that all live charts share."
     at = cut.value if isinstance(cut, Cut) else cut
     return alt.param(name='cut', value=FAR if at is None else float(at)), alt.selection_interval(name='brush', encodings=['x'])
+
+def _picked(**at):
+    "The rows that are selected elsewhere, from a second named source: 'picked'."
+    mark = dict(filled=False, size=120, color=NOTE, strokeWidth=2) if 'y' in at else dict(filled=True, size=70, color=NOTE, shape='triangle-up', yOffset=-5)
+    return alt.Chart(alt.InlineData(values=[], name='picked')).mark_point(opacity=1, **mark).encode(**{'y': alt.value('height'), **at})
 
 def _live(layers, name, frame, cut, title, lines, size):
     "Layers over one named source, with the shared parameters."
@@ -634,7 +639,7 @@ def live_histogram(
         some = base.transform_filter(f'datum.{hi} > datum.{lo}').transform_calculate(side=f"'{side}'")
         return some.mark_bar(orient='vertical', opacity=.85).encode(X, alt.X2(f'{hi}:Q'), Y, alt.Y2(datum=0), _sides(), tooltip=tips)
     curve = alt.Chart().transform_filter('isValid(datum.curve)').mark_line(color=CURVE, strokeWidth=2, interpolate='monotone').encode(x='middle:Q', y='curve:Q')
-    layers = [part('kept', 'start', 'split'), part('dropped', 'split', 'stop'), curve, *_live_rule('start', 'stop', 'x')]
+    layers = [part('kept', 'start', 'split'), part('dropped', 'split', 'stop'), curve, _picked(x='score:Q'), *_live_rule('start', 'stop', 'x')]
     return _live(layers, 'bins', bins, cut, title, lines, (width, height))
 
 def live_strip(
@@ -647,7 +652,7 @@ def live_strip(
     points = alt.Chart().transform_filter('isValid(datum.score)').transform_calculate(side=side).mark_circle(size=18, opacity=.7)
     points = points.encode(_row_axis(), _score_axis(statistic), _sides(), tooltip=['row:Q', 'score:Q'])
     bare = _unscored(alt.Undefined).transform_filter('!isValid(datum.score)')
-    return _live([points, bare, *_live_rule('score', 'score', 'y')], 'rows', rows, cut, title, lines, (width, height))
+    return _live([points, bare, _picked(x='row:Q', y='score:Q'), *_live_rule('score', 'score', 'y')], 'rows', rows, cut, title, lines, (width, height))
 
 # %% ../nbs/14_charts.ipynb #295075d4
 MEASURES = dict(auroc='AUROC', recall='recall', precision='precision', f1='F1', accuracy='accuracy', fpr='false-positive rate', tpr_at_1fpr='recall at 1 % false positives',

@@ -304,7 +304,7 @@ def _verdict(self)->Verdict:
 
 Board.verdict = property(_verdict)
 
-# %% ../nbs/50_widgets.ipynb #dce2fb29
+# %% ../nbs/50_widgets.ipynb #05cc1747
 WIDTH, STEPS = 360, 1000   # of a picture, in pixels; places of the slider
 
 def _sized(chart):
@@ -338,9 +338,14 @@ class LivePictures:
             self.drawn = b.statistic
         else:
             for name, chart in self.charts.items(): chart._py_to_js_updates = data_update(name, data[name])
-        self.cut()
+        self.cut(); self.pick()
+    def pick(self, most=300):
+        "Show where the selected rows lie."
+        b = self.board
+        at = [b.at[i] for i in b.selected[:most]]
+        for c in self.charts.values(): c._py_to_js_updates = data_update('picked', b.frame[['row', 'score']].iloc[at].dropna())
 
-# %% ../nbs/50_widgets.ipynb #a80032e1
+# %% ../nbs/50_widgets.ipynb #efd7a10b
 class PlainPictures:
     "The same as SVG; there is nothing to select in them."
     def __init__(self, board, brush=None, after=.15):
@@ -356,6 +361,7 @@ class PlainPictures:
         if self.timer is not None: self.timer.cancel()
         self.timer = threading.Timer(self.after, self.now); self.timer.daemon = True; self.timer.start()
     draw = cut
+    def pick(self): pass
 
 PICTURES = {'live': LivePictures, 'plain': PlainPictures}
 
@@ -428,7 +434,7 @@ class View:
     def __repr__(self): return f'View of {self.board!r}'
     def say(self, text): self.status.value = f'<div style="color:#D55E00">{html.escape(visible(text))}</div>' if text else ''
 
-# %% ../nbs/50_widgets.ipynb #0094fad7
+# %% ../nbs/50_widgets.ipynb #bf23b5d6
 def _controls(self):
     "Statistic, k, threshold and the slider."
     b, narrow = self.board, W.Layout(width='auto')
@@ -476,8 +482,10 @@ def _build(self, out):
     top, rows = self.controls(), self.rows_part()
     self.pictures = PICTURES[self.how](self.board, self.on_brush)
     files = _row(self.folder, _button('write files', self.on_write, 'clean.jsonl, dropped.jsonl, report, scores and verdict'))
+    near = [_button('nearest rows', self.on_near, 'the rows whose gradients point the same way')]*(self.sentry is not None)
+    self.near, self.map = W.HTML(), None
     self.extra = W.VBox([])
-    self.widget = W.VBox([self.head, self.extra, *top, self.pictures.widget, *rows, self.status, self.detail, files], layout=W.Layout(width='100%'))
+    self.widget = W.VBox([self.head, self.extra, *top, self.pictures.widget, *rows, self.status, self.detail, _row(*near), self.near, files], layout=W.Layout(width='100%'))
 
 View.controls, View.rows_part, View.build = _controls, _rows_part, _build
 
@@ -571,7 +579,7 @@ def _on_plain_order(self, change):
 View.on_slider, View.on_at, View.by_hand, View.on_method, View.on_statistic, View.on_search = _on_slider, _on_at, _by_hand_at, _on_method, _on_statistic, _on_search
 View.on_page, View.on_order, View.on_plain_order = _on_page, _on_order, _on_plain_order
 
-# %% ../nbs/50_widgets.ipynb #4287a57d
+# %% ../nbs/50_widgets.ipynb #3f4a0f6e
 @_polite
 def _on_brush(self, lo, hi, column):
     self.board.between(lo, hi, column)
@@ -586,6 +594,7 @@ def _on_open(self, ids):
     "Select rows; the last one is opened."
     if not ids: return
     self.board.selected = list(ids)
+    self.pictures.pick()
     self.detail.value = self.row_html(ids[-1])
 
 @_polite
@@ -598,6 +607,7 @@ def _on_mark(self, what):
 @_polite
 def _on_draw(self, _):
     self.board.draw()
+    self.pictures.pick()
     self.busy = True
     try: self.which.value = 'selected'
     finally: self.busy = False
@@ -611,6 +621,21 @@ def _on_write(self, _):
     files = write_outputs(self.verdict, self.board.samples, self.folder.value)
     self.say(f'Written to {self.folder.value}: {", ".join(p.name for p in files.values())}.')
 
+@_polite
+def _on_near(self, _):
+    "The rows with the nearest gradients, from sketches that are made when they are first asked for."
+    from gradsentry_nb.explain import gradient_map
+    b = self.board
+    if not b.selected: raise SettingError('Open a row first: click one.')
+    if self.map is None:
+        self.near.value = 'sketching the gradients of all rows ...'
+        try: self.map = gradient_map(self.sentry, b.samples)
+        finally: self.near.value = ''
+    found = self.map.neighbours(b.at[b.selected[-1]], 8)
+    found = found.assign(response=[visible(b.samples[b.at[i]].response, 120) for i in found['id']])
+    self.near.value = found.to_html(index=False, escape=True, float_format='%.3f')
+
+View.on_near = _on_near
 View.on_brush, View.on_open, View.on_mark, View.on_draw, View.on_write = _on_brush, _on_open, _on_mark, _on_draw, _on_write
 
 # %% ../nbs/50_widgets.ipynb #1f19084a

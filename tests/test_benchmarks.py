@@ -95,3 +95,11 @@ def test_stored_experiment_is_what_the_study_makes():
         if not len(found): continue
         assert set(found['dataset']) == set(sets) and set(found['model']) == set(models), part
         assert set(found['seed']) == set(grid.seeds) and {d.label for d in grid.defences} <= set(found['defence']), part
+
+
+def test_live_runs_small(tmp_path, monkeypatch):
+    from benchmarks import live
+    monkeypatch.setattr(live, 'SLIDES', (50,))
+    table = live.main(['--rows', '60', '--repeat', '2', '--times', '2', '--out', str(tmp_path)])
+    assert set(table['what']) == {'scan alone', 'scan under the dashboard', 'scan with the whole dashboard until its verdict is shown', 'slider moved', 'memory after the cell'}
+    assert (table['value'] > 0).all() and len(pd.read_csv(tmp_path/'live.csv')) == len(table) == 2*3+2+2

@@ -1,6 +1,6 @@
 "The dashboard in a real JupyterLab under headless Chromium: what a person would see and do. Skipped where Chromium is missing."
 import pytest
-from lab import CHROMIUM, browser, notebook, server
+from lab import CHROMIUM, ROOT, browser, notebook, server
 
 pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason='there is no Chromium on this machine'), pytest.mark.slow]
 
@@ -98,6 +98,7 @@ def test_a_row_opens_and_can_be_marked(lab):
     lab.until('print(len(d.selected))', '1', 20)
     lab.until("import re; print('malicious' in re.sub('<[^>]+>', '', d.detail.value))", 'True', 20)
     assert lab.page.locator('.gs-table tr.active').count() == 1
+    lab.page.wait_for_function("() => document.querySelectorAll('.vega-embed svg [aria-roledescription=point]').length >= 2", timeout=10_000)   # the row in both charts
     press(lab, 'mark poison')
     lab.until('print(list(d.marks.values()))', "['poison']", 20)
     lab.page.locator('.gs-table th', has_text='tokens').click()
@@ -131,3 +132,19 @@ def test_the_saved_notebook_shows_picture_and_table_without_a_kernel(lab, lab_ur
     still.wait_for(state='visible', timeout=30_000)
     still.scroll_into_view_if_needed()
     assert still.locator('img').evaluate('i => i.naturalWidth') > 100 and still.locator('tbody tr').count() == 15
+
+
+def test_hostile_text_in_a_page(lab, lab_url):
+    "Every row of a hostile set is opened: nothing runs, nothing is asked of another host, the page keeps its width."
+    b, folder = lab, lab_url[0]
+    (folder/'h.ipynb').write_text(notebook('import sys; sys.path.insert(0, %r)\nfrom test_widgets import HOSTILE\nfrom gradsentry_nb import Sentry, dashboard, demo_model, load_samples' % str(ROOT/'tests'),
+                                           'd = dashboard(Sentry(*demo_model()), load_samples([dict(prompt=h, response=h) for h in HOSTILE]))\nd.size = 40\nd'))
+    b.page.set_viewport_size(dict(width=1000, height=900))
+    b.open('h.ipynb')
+    b.page.wait_for_selector('.gs-table table', timeout=120_000)
+    b.until('print(d.live.state)', 'done', 120)
+    rows = b.page.locator('.gs-table tbody tr')
+    for i in range(rows.count()):
+        rows.nth(i).click()
+        b.until('print(len(d.selected) == 1 and "by score" in d.detail.value or d.detail.value[:50])', 'True', 20)
+    assert rows.count() >= 12 and b.errors == [] and b.page.evaluate('document.documentElement.scrollWidth') <= 1000

@@ -240,6 +240,14 @@ def test_brush_open_mark_and_take_away(tmp_path):
     assert len((tmp_path/'out/clean.jsonl').read_text().splitlines()) == len(verdict().keep) and 'clean.jsonl' in w.status.value
 
 
+def test_nearest_rows():
+    w = shown()
+    w.on_near(None)
+    assert 'Open a row' in w.status.value
+    w.on_open([verdict().drop[0]]); w.on_near(None)
+    assert w.near.value.count('malicious') >= 6 and not w.status.value, 'planted rows lie together'
+
+
 def test_the_dashboard_ends_in_the_verdict_of_filter():
     sentry, samples, truth = demo()
     d = dashboard(sentry, samples, truth, renderer='plain'); d.live.wait(60)

@@ -1,0 +1,84 @@
+"""What watching costs: benchmarks/results/live.csv.
+
+    python -m benchmarks.live [--rows 1200] [--repeat 5] [--out benchmarks/results]
+
+Side by side in one run: a silent scan, and the same scan under a dashboard (live renderer; without a browser, so what is measured is the kernel's share), in turns.
+Then the time from a moved slider to everything the kernel has to do about it, at 1,000, 10,000 and 100,000 rows, with the truth in hand; and the memory of a process
+that has run the dashboard's cell twenty times.
+"""
+import argparse
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from gradsentry_nb.core import Cut, Scores, Verdict
+from gradsentry_nb.data import load_samples
+from gradsentry_nb.demo import demo_model, demo_samples
+from gradsentry_nb.sentry import Sentry
+from gradsentry_nb.widgets import NUMBERS, dashboard, view
+
+SLIDES = 1000, 10_000, 100_000
+
+
+def overhead(n, repeat):
+    "Seconds of a silent scan and of a watched one, in turns."
+    sentry, (samples, truth) = Sentry(*demo_model()), demo_samples(n, seed=11)
+    sentry.score(samples[:100], progress=False)
+    for i in range(repeat):
+        start = time.perf_counter(); sentry.score(samples, progress=False)
+        yield dict(what='scan alone', rows=n, run=i, value=time.perf_counter()-start, unit='s')
+        d = dashboard(sentry, samples, truth, renderer='live', start=False)
+        start = time.perf_counter(); d.live.start(); d.live.thread.join()
+        yield dict(what='scan with the whole dashboard until its verdict is shown', rows=n, run=i, value=time.perf_counter()-start, unit='s')
+        yield dict(what='scan under the dashboard', rows=n, run=i, value=d.live.seconds, unit='s')
+
+
+def big_view(n):
+    "A view of n made-up scores."
+    rng = np.random.default_rng(n)
+    samples = load_samples([dict(prompt=f'question {i}', response=f'answer {i}') for i in range(n)])
+    score = np.where(rng.random(n) < .1, rng.normal(200, 20, n), rng.gamma(1, 20, n))
+    frame = pd.DataFrame(dict(id=[s.id for s in samples], row=range(n), score=score, tokens=rng.integers(1, 60, n), problem=None, ngram_rows=1, ngram='', **{c: score for c in NUMBERS}))
+    return view(Verdict(Scores(frame, dict(statistic='log_volume')), Cut(150., 'fixed', '')), samples, truth={s.id: x > 150 for s, x in zip(samples, score)}, renderer='live')
+
+
+def slides(repeat):
+    "Milliseconds from a moved slider to the last message that the kernel sends."
+    for n in SLIDES:
+        v = big_view(n)
+        for i in range(repeat):
+            start = time.perf_counter(); v.slider.value = 300+40*i
+            yield dict(what='slider moved', rows=n, run=i, value=1000*(time.perf_counter()-start), unit='ms')
+
+
+def resident():
+    with open('/proc/self/status') as f: return next(int(line.split()[1])/1024 for line in f if line.startswith('VmRSS'))
+
+
+def memory(times=20, n=1000):
+    "Resident megabytes after each run of a dashboard's cell."
+    sentry, (samples, truth) = Sentry(*demo_model()), demo_samples(n, seed=12)
+    for i in range(times):
+        d = dashboard(sentry, samples, truth, renderer='live'); d.live.wait()
+        yield dict(what='memory after the cell', rows=n, run=i, value=resident(), unit='MB')
+
+
+def main(argv=None):
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument('--rows', type=int, default=1200)
+    ap.add_argument('--repeat', type=int, default=5)
+    ap.add_argument('--times', type=int, default=20)
+    ap.add_argument('--out', type=Path)
+    a = ap.parse_args(argv)
+    table = pd.DataFrame([*overhead(a.rows, a.repeat), *slides(a.repeat), *memory(a.times)])
+    print(table.groupby(['what', 'rows', 'unit'])['value'].agg(['median', 'min', 'max']).round(3).to_string())
+    w = table.pivot_table(index='run', columns='what', values='value')
+    print('overhead of watching:', ((w['scan under the dashboard']/w['scan alone']-1)*100).dropna().round(1).tolist(), '%')
+    if a.out: table.assign(cores=os.cpu_count()).round(4).to_csv(a.out/'live.csv', index=False)
+    return table
+
+
+if __name__ == '__main__': main()
