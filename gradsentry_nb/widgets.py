@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RENDERERS', 'NUMBERS', 'STATES', 'METHODS', 'COLUMNS', 'SHOWN', 'WIDTH', 'STEPS', 'PICTURES', 'renderer', 'LiveScan',
-           'wait', 'RowTable', 'Board', 'LivePictures', 'PlainPictures', 'PlainTable', 'LiveTable', 'View',
+           'later', 'wait', 'RowTable', 'Board', 'LivePictures', 'PlainPictures', 'PlainTable', 'LiveTable', 'View',
            'static_html', 'view', 'judge_by', 'Dashboard', 'dashboard']
 
-# %% ../nbs/50_widgets.ipynb #8c3b79b2
-import copy, html, io, os, re, threading, time, weakref
+# %% ../nbs/50_widgets.ipynb #ba6eeece
+import atexit, copy, html, io, os, re, threading, time, weakref
 from base64 import b64encode
 from dataclasses import replace
 from itertools import chain
@@ -91,7 +91,7 @@ def _update(self):
 
 LiveScan.start, LiveScan.pause, LiveScan.stop, LiveScan.update = _start, _pause, _stop, _update
 
-# %% ../nbs/50_widgets.ipynb #b1f6d868
+# %% ../nbs/50_widgets.ipynb #a42e196a
 def _work(self):
     "What the thread does."
     began = last = time.monotonic(); spent = idle = 0.
@@ -111,6 +111,25 @@ def _work(self):
     self.update(); self.tell(self)
 
 LiveScan.work = _work
+
+_timers = weakref.WeakSet()
+
+def later(
+    f,               # what to call
+    after:float,     # seconds from now, in a thread
+    before=None,     # the timer of the last call, which is given up
+)->threading.Timer:
+    "Call something a moment after the last of several changes."
+    if before is not None: before.cancel()
+    t = threading.Timer(after, f); t.daemon = True
+    _timers.add(t); t.start()
+    return t
+
+@atexit.register
+def _end_threads():
+    "An interpreter that ends under a running thread may crash: stop them first."
+    for t in list(_timers): t.cancel(); t.join(10)
+    for s in list(_scans): s.stop(wait=True)
 
 def wait(
     self:LiveScan,
@@ -345,7 +364,7 @@ class LivePictures:
         at = [b.at[i] for i in b.selected[:most]]
         for c in self.charts.values(): c._py_to_js_updates = data_update('picked', b.frame[['row', 'score']].iloc[at].dropna())
 
-# %% ../nbs/50_widgets.ipynb #efd7a10b
+# %% ../nbs/50_widgets.ipynb #ff9eadd9
 class PlainPictures:
     "The same as SVG; there is nothing to select in them."
     def __init__(self, board, brush=None, after=.15):
@@ -358,8 +377,7 @@ class PlainPictures:
         self.widget.value = f'<div style="display:flex;flex-wrap:wrap;gap:12px">{"".join(parts)}</div>'
     def cut(self):
         "Draw a moment after the last call."
-        if self.timer is not None: self.timer.cancel()
-        self.timer = threading.Timer(self.after, self.now); self.timer.daemon = True; self.timer.start()
+        self.timer = later(self.now, self.after, self.timer)
     draw = cut
     def pick(self): pass
 
@@ -397,7 +415,7 @@ class LiveTable:
             self.widget.picked = [r['id'] for r in rows if r['id'] in on]
         finally: self.quiet = False
 
-# %% ../nbs/50_widgets.ipynb #1bb2961f
+# %% ../nbs/50_widgets.ipynb #8f4637cd
 def _polite(f):
     "A callback whose mistakes become the status line."
     def call(self, *args):
@@ -419,7 +437,7 @@ class View:
         out:str='gradsentry-out',# folder for the files
     ):
         self.board, self.sentry, self.judge, self.size, self.busy, self.lock = board, sentry, judge, size, False, threading.RLock()
-        self.how, self.name, self.handle = renderer(renderer_), f'{id(self):x}', None
+        self.how, self.name, self.handle, self.timer = renderer(renderer_), f'{id(self):x}', None, None
         self.build(out)
         self.show()
 
@@ -660,7 +678,7 @@ def _explained(self, sample):
 
 View.row_html, View.explained = _row_html, _explained
 
-# %% ../nbs/50_widgets.ipynb #7555d60e
+# %% ../nbs/50_widgets.ipynb #23f307f3
 def static_html(
     self:View,
     rows:int=15,       # most rows
@@ -683,9 +701,7 @@ def _snap(self, after=1.):
     "Bring the plain copy up to date, a moment after the last change."
     if self.handle is None: return
     from IPython.display import HTML
-    if getattr(self, 'timer', None) is not None: self.timer.cancel()
-    self.timer = threading.Timer(after, lambda: self.handle.update(HTML(self.static_html())))
-    self.timer.daemon = True; self.timer.start()
+    self.timer = later(lambda: self.handle.update(HTML(self.static_html())), after, self.timer)
 
 def _display(self):
     "Show the widgets and the plain copy."

@@ -1,5 +1,8 @@
 "Live views without a browser: the state behind them, scans in a thread, what is written into a page."
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from functools import cache
@@ -7,6 +10,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,6 +111,21 @@ def test_the_mode_of_the_model_is_left_alone():
     sentry.model.train()
     try: LiveScan(sentry, samples, lambda s: s.stop(), every=0).start().wait(60); assert sentry.model.training
     finally: sentry.model.eval()
+
+
+def test_a_process_may_end_under_a_scan_and_a_drawing():
+    code = """
+from gradsentry_nb.demo import demo_model, demo_samples
+from gradsentry_nb.sentry import Sentry
+from gradsentry_nb.widgets import dashboard
+samples, truth = demo_samples(600, seed=1)
+d = dashboard(Sentry(*demo_model()), samples, renderer='plain')
+while len(d.live.scan) < 5: pass
+d.pictures.cut()
+print('end')
+"""
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert p.returncode == 0 and p.stdout == 'end\n' and 'terminate' not in p.stderr, p.stderr
 
 
 # ---- the state of a view
