@@ -1285,6 +1285,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                        'gradsentry_nb.widgets.View.selected': ('widgets.html#view.selected', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets.View.verdict': ('widgets.html#view.verdict', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets._add_buttons': ('widgets.html#_add_buttons', 'gradsentry_nb/widgets.py'),
+                                       'gradsentry_nb.widgets._beside': ('widgets.html#_beside', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets._between': ('widgets.html#_between', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets._build': ('widgets.html#_build', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets._button': ('widgets.html#_button', 'gradsentry_nb/widgets.py'),

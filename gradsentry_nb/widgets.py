@@ -91,7 +91,7 @@ def _update(self):
 
 LiveScan.start, LiveScan.pause, LiveScan.stop, LiveScan.update = _start, _pause, _stop, _update
 
-# %% ../nbs/50_widgets.ipynb #a42e196a
+# %% ../nbs/50_widgets.ipynb #bb0c42d6
 def _work(self):
     "What the thread does."
     began = last = time.monotonic(); spent = idle = 0.
@@ -112,6 +112,7 @@ def _work(self):
 
 LiveScan.work = _work
 
+# %% ../nbs/50_widgets.ipynb #1a0c22c2
 _timers = weakref.WeakSet()
 
 def later(
@@ -131,6 +132,7 @@ def _end_threads():
     for t in list(_timers): t.cancel(); t.join(10)
     for s in list(_scans): s.stop(wait=True)
 
+# %% ../nbs/50_widgets.ipynb #b3c74207
 def wait(
     self:LiveScan,
     seconds=None,       # at most; None: as long as it takes
@@ -141,7 +143,7 @@ def wait(
 
 LiveScan.wait = wait
 
-# %% ../nbs/50_widgets.ipynb #c64bb698
+# %% ../nbs/50_widgets.ipynb #3cc31e71
 _TABLE_JS = """
 function cell(tag, text, cls) { const e = document.createElement(tag); e.textContent = text; if (cls) e.className = cls; return e }
 function render({model, el}) {
@@ -180,6 +182,7 @@ _TABLE_CSS = """
 .gs-table tr.kept td:first-child{border-left:4px solid transparent}
 """
 
+# %% ../nbs/50_widgets.ipynb #91d3283f
 class RowTable(anywidget.AnyWidget):
     "One page of a table; clicking a head sorts, clicking a row opens it, with Ctrl several are picked."
     _esm, _css = _TABLE_JS, _TABLE_CSS
@@ -323,13 +326,14 @@ def _verdict(self)->Verdict:
 
 Board.verdict = property(_verdict)
 
-# %% ../nbs/50_widgets.ipynb #05cc1747
+# %% ../nbs/50_widgets.ipynb #60b77d18
 WIDTH, STEPS = 360, 1000   # of a picture, in pixels; places of the slider
 
 def _sized(chart):
     import altair as alt
     return chart.properties(autosize=alt.AutoSizeParams(type='pad', resize=True))     # new data may need wider labels
 
+# %% ../nbs/50_widgets.ipynb #4fb591de
 class LivePictures:
     "Histogram and strip in the browser; `brush(lo, hi, column)` is called when something is selected in one of them."
     def __init__(self, board, brush):
@@ -452,7 +456,7 @@ class View:
     def __repr__(self): return f'View of {self.board!r}'
     def say(self, text): self.status.value = f'<div style="color:#D55E00">{html.escape(visible(text))}</div>' if text else ''
 
-# %% ../nbs/50_widgets.ipynb #bf23b5d6
+# %% ../nbs/50_widgets.ipynb #4a92ff81
 def _controls(self):
     "Statistic, k, threshold and the slider."
     b, narrow = self.board, W.Layout(width='auto')
@@ -466,15 +470,16 @@ def _controls(self):
     self.counts = W.HTML()
     self.statistic.observe(self.on_statistic, 'value'); self.method.observe(self.on_method, 'value')
     self.fpr.observe(self.on_method, 'value'); self.slider.observe(self.on_slider, 'value'); self.at.observe(self.on_at, 'value')
-    return [_row(self.statistic, self.method, self.fpr), _row(self.at, self.slider, self.counts)]
+    return [_beside(self.statistic, self.method, self.fpr), _beside(self.at, self.slider, self.counts)]
 
-def _row(*widgets): return W.HBox(list(widgets), layout=W.Layout(flex_flow='row wrap', align_items='center'))
+def _beside(*widgets): return W.HBox(list(widgets), layout=W.Layout(flex_flow='row wrap', align_items='center'))
 
 def _button(text, do, tip='', **kw):
     b = W.Button(description=text, tooltip=tip, layout=W.Layout(width='auto'), **kw)
     b.on_click(do)
     return b
 
+# %% ../nbs/50_widgets.ipynb #3b1ef735
 def _rows_part(self):
     "Search, pages, the table and the marks."
     self.search = W.Text(placeholder='search prompts and responses', continuous_update=False, layout=W.Layout(width='240px'))
@@ -490,8 +495,9 @@ def _rows_part(self):
         self.order.observe(self.on_plain_order, 'value'); order = [self.order]
     marks = [_button(f'mark {m}', lambda _, m=m: self.on_mark(m), f'mark the selected rows as {m}') for m in ('clean', 'poison')]
     marks += [_button('unmark', lambda _: self.on_mark(None)), _button('draw 30 at random', self.on_draw, 'select 30 rows by chance: what is marked clean among them calibrates honestly')]
-    return [_row(self.search, self.regex, self.which, *order, *pages), self.table.widget, _row(*marks)]
+    return [_beside(self.search, self.regex, self.which, *order, *pages), self.table.widget, _beside(*marks)]
 
+# %% ../nbs/50_widgets.ipynb #033e043a
 def _build(self, out):
     "All widgets."
     self.head, self.status, self.detail = W.HTML(), W.HTML(), W.HTML(layout=W.Layout(overflow='auto', max_height='560px'))
@@ -499,15 +505,15 @@ def _build(self, out):
     self.pictures = None
     top, rows = self.controls(), self.rows_part()
     self.pictures = PICTURES[self.how](self.board, self.on_brush)
-    files = _row(self.folder, _button('write files', self.on_write, 'clean.jsonl, dropped.jsonl, report, scores and verdict'))
+    files = _beside(self.folder, _button('write files', self.on_write, 'clean.jsonl, dropped.jsonl, report, scores and verdict'))
     near = [_button('nearest rows', self.on_near, 'the rows whose gradients point the same way')]*(self.sentry is not None)
     self.near, self.map = W.HTML(), None
     self.extra = W.VBox([])
-    self.widget = W.VBox([self.head, self.extra, *top, self.pictures.widget, *rows, self.status, self.detail, _row(*near), self.near, files], layout=W.Layout(width='100%'))
+    self.widget = W.VBox([self.head, self.extra, *top, self.pictures.widget, *rows, self.status, self.detail, _beside(*near), self.near, files], layout=W.Layout(width='100%'))
 
 View.controls, View.rows_part, View.build = _controls, _rows_part, _build
 
-# %% ../nbs/50_widgets.ipynb #53d8696e
+# %% ../nbs/50_widgets.ipynb #a20ee27a
 def _counted(self):
     "What the cut does, in numbers; with the truth in hand also how good it is."
     b, n = self.board, int(self.board.flagged.sum())
@@ -537,6 +543,7 @@ def _tell(self):
     self.head.value = f'<div style="max-width:70em"><b>{"Drop" if self.board.cut.separated else "No separation:"}</b> {html.escape(visible(self.board.cut.reason))}</div>'
     self.counts.value = self.counted()
 
+# %% ../nbs/50_widgets.ipynb #3e50bd12
 def _show_table(self):
     rows, found, pages = self.board.page_of(self.size)
     self.paging.value = f'{found:,} rows, page {self.board.page+1:,} of {pages:,}'
@@ -548,7 +555,7 @@ def _show(self):
 
 View.counted, View.ends, View.show_cut, View.tell, View.show_table, View.show = _counted, _ends, _show_cut, _tell, _show_table, _show
 
-# %% ../nbs/50_widgets.ipynb #aa0ab14b
+# %% ../nbs/50_widgets.ipynb #f8c64749
 @_polite
 def _on_slider(self, change):
     lo, hi = self.ends()
@@ -575,6 +582,7 @@ def _on_statistic(self, change):
     self.board.use(change['new'])
     self.show(); self.snap()
 
+# %% ../nbs/50_widgets.ipynb #73f22d2b
 @_polite
 def _on_search(self, change):
     b = self.board
@@ -597,7 +605,7 @@ def _on_plain_order(self, change):
 View.on_slider, View.on_at, View.by_hand, View.on_method, View.on_statistic, View.on_search = _on_slider, _on_at, _by_hand_at, _on_method, _on_statistic, _on_search
 View.on_page, View.on_order, View.on_plain_order = _on_page, _on_order, _on_plain_order
 
-# %% ../nbs/50_widgets.ipynb #3f4a0f6e
+# %% ../nbs/50_widgets.ipynb #1dfd4f41
 @_polite
 def _on_brush(self, lo, hi, column):
     self.board.between(lo, hi, column)
@@ -622,6 +630,7 @@ def _on_mark(self, what):
     if self.board.method == 'calibrated': self.board.recut('calibrated'); self.show_cut()
     self.show_table(); self.snap()
 
+# %% ../nbs/50_widgets.ipynb #4bc117a5
 @_polite
 def _on_draw(self, _):
     self.board.draw()
@@ -755,14 +764,14 @@ class Dashboard(View):
 
     def __repr__(self): return f'Dashboard({self.live!r}, {self.board!r})'
 
-# %% ../nbs/50_widgets.ipynb #98df97e3
+# %% ../nbs/50_widgets.ipynb #cd1961b1
 def _add_buttons(self):
     "Start, pause, stop and how far it is."
     self.go, self.hold, self.end = _button('start', self.on_go, button_style='primary', icon='play'), _button('pause', self.on_hold, icon='pause'), _button('stop', self.on_end, icon='stop')
     self.budget = W.BoundedIntText(value=self.sentry.settings.budget or self.live.scan.capture.budget, min=1, max=10**6, description='tokens a batch', layout=W.Layout(width='190px'), style=dict(description_width='initial'))
     self.k = W.BoundedIntText(value=self.sentry.settings.k, min=2, max=512, description='k', layout=W.Layout(width='110px'), style=dict(description_width='initial'), tooltip='singular values in the entropy')
     self.bar, self.progress = W.IntProgress(max=max(1, self.live.scan.total), layout=W.Layout(width='220px')), W.HTML()
-    self.extra.children = [_row(self.go, self.hold, self.end, self.k, self.budget), _row(self.bar, self.progress)]
+    self.extra.children = [_beside(self.go, self.hold, self.end, self.k, self.budget), _beside(self.bar, self.progress)]
     self.on_rows(self.live)
 
 def _far(self, live):
