@@ -84,7 +84,8 @@ def test_brushing_selects_rows(lab):
     y = box['y']+box['height']*.5
     lab.page.mouse.move(box['x']+box['width']*.7, y); lab.page.mouse.down(); lab.page.mouse.move(box['x']+box['width']*.97, y, steps=8); lab.page.mouse.up()
     lab.until('print(len(d.selected) > 5 and d.which.value)', 'selected', 20)
-    lab.page.wait_for_timeout(1000)
+    before = None
+    while before != (now := lab.ask('print(d.selected)')): before = now; lab.page.wait_for_timeout(1500)      # the last of the brush's messages has come
     picked = lab.ask('x = d.board.score[[d.board.at[i] for i in d.selected]]; print(x.min(), x.max(), len(d.selected))').split()
     inside = lab.ask(f'print(int(((d.board.score >= {picked[0]}) & (d.board.score <= {picked[1]})).sum()))').strip()
     assert inside == picked[2], 'all rows of the interval and no others'
