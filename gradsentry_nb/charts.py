@@ -7,7 +7,7 @@ __all__ = ['KEPT', 'DROPPED', 'NOTE', 'CURVE', 'WORDS', 'GREY', 'LINE', 'TITLES'
            'SHAPES', 'FAR', 'MEASURES', 'themed', 'cut_sentence', 'histogram_bins', 'score_histogram', 'thin_out',
            'score_by_length', 'strip_rows', 'score_strip', 'score_against', 'spectra', 'sample_map', 'precision_recall',
            'roc', 'layer_bins', 'layer_map', 'as_values', 'data_update', 'live_histogram', 'live_strip', 'grid_map',
-           'rate_lines', 'side_by_side', 'attack_and_cost', 'chart_svg', 'Still', 'still']
+           'rate_lines', 'side_by_side', 'attack_and_cost', 'chart_svg', 'chart_png', 'Still', 'still']
 
 # %% ../nbs/14_charts.ipynb #6476aade
 import io, os, textwrap
@@ -766,6 +766,15 @@ def chart_svg(
     with alt.data_transformers.enable('default', max_rows=None): chart.save(out, format='svg')
     return out.getvalue()
 
+def chart_png(
+    chart,            # an Altair chart
+    scale:float=1.,   # pixels to one of the drawing
+)->bytes:
+    "A chart as PNG, made likewise."
+    out = io.BytesIO()
+    with alt.data_transformers.enable('default', max_rows=None): chart.save(out, format='png', scale_factor=scale)
+    return out.getvalue()
+
 # %% ../nbs/14_charts.ipynb #f8e2f65a
 class Still:
     "A picture as SVG and as PNG."
@@ -778,6 +787,4 @@ def still(
     scale:float=1.,   # pixels of the PNG to one of the drawing
 )->Still:
     "A chart as a picture that needs no script, no network and no trust."
-    out = io.BytesIO()
-    with alt.data_transformers.enable('default', max_rows=None): chart.save(out, format='png', scale_factor=scale)
-    return Still(chart_svg(chart), out.getvalue())
+    return Still(chart_svg(chart), chart_png(chart, scale))
