@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['row_root', 'GradFactors', 'inner', 'text_config', 'positions', 'check_vocabulary', 'head_of', 'Tail', 'find_tail',
-           'check_tail', 'evaluating', 'head_input', 'pad_right', 'stretching', 'relax', 'sharing_problem',
-           'prefix_cache', 'repeat_cache', 'fed', 'check_positions', 'hidden_states', 'factor_rows', 'LongFactors',
-           'batch_factors', 'Capture', 'one_length', 'capture_factors', 'linear_layers', 'find_layer', 'dense_gradient',
-           'leaf_at', 'frozen', 'only_at', 'flowing', 'backward_to', 'check_adapter', 'per_token', 'LayerCapture',
-           'layer_factors']
+           'check_tail', 'evaluating', 'of_this_thread', 'head_input', 'pad_right', 'stretching', 'relax',
+           'sharing_problem', 'prefix_cache', 'repeat_cache', 'fed', 'check_positions', 'hidden_states', 'factor_rows',
+           'LongFactors', 'batch_factors', 'Capture', 'one_length', 'capture_factors', 'linear_layers', 'find_layer',
+           'dense_gradient', 'leaf_at', 'frozen', 'only_at', 'flowing', 'backward_to', 'check_adapter', 'per_token',
+           'LayerCapture', 'layer_factors']
 
 # %% ../nbs/10_capture.ipynb #f2b65a05
-import copy, re, weakref
+import copy, re, threading, weakref
 from contextlib import contextmanager, ExitStack
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -147,6 +147,13 @@ def evaluating(
         if not entry[0]:
             for m in _evaluating.pop(model)[1]: m.training = True
 
+def of_this_thread(
+    hook,         # a forward hook
+):                # one that leaves calls from other threads alone
+    "A scan may run in one thread while a row is explained in another: each sees its own passes only."
+    me = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident() == me else None
+
 @contextmanager
 def head_input(
     head:nn.Module,   # the output projection
@@ -158,7 +165,7 @@ def head_input(
         one = h[h.float().norm(dim=1).nan_to_num(0, 0, 0).argmax()][None]
         caught.extend((args[0], one))
         return (one[None], *args[1:])
-    handle = head.register_forward_pre_hook(hook)
+    handle = head.register_forward_pre_hook(of_this_thread(hook))
     try: yield caught
     finally: handle.remove()
 
@@ -352,6 +359,7 @@ class Capture:
     room:int=2**22               # most supervised tokens x vocabulary entries held at once
     share:bool=True              # compute a prefix that all rows have in common only once?
     notes:list = field(default_factory=list)  # sentences about what was decided
+    at:tuple = ()                # the batch at hand: places among the rows that have an answer
     tail:Tail|None = None        # found with the first batch
 
     def __post_init__(self):
@@ -403,7 +411,7 @@ def _batches(self, rows):
     "Yield (indices, hidden states) of every batch, longest rows first."
     prefix, checked = self.prefix(rows), False
     for index in self.plan(np.array(fed(self.model, rows))-(prefix[1] if prefix else 0)):
-        batch = [rows[i] for i in index]
+        self.at, batch = index, [rows[i] for i in index]
         relax(self.model, self.head)
         hidden = self.hidden(batch, prefix)
         if prefix and not checked:
@@ -483,7 +491,7 @@ def dense_gradient(
         nonlocal delta
         delta = torch.zeros(out.shape[-1], args[0].shape[-1], dtype=out.dtype, device=out.device, requires_grad=True)
         return out+F.linear(args[0], delta)
-    handle = (head if layer is None else find_layer(model, layer)[1]).register_forward_hook(hook, prepend=True)
+    handle = (head if layer is None else find_layer(model, layer)[1]).register_forward_hook(of_this_thread(hook), prepend=True)
     try:
         with evaluating(model), torch.enable_grad(), ExitStack() as last:
             relax(model, head); last.callback(relax, model, head)
@@ -505,7 +513,7 @@ def leaf_at(
         x, = (*args, *kwargs.values())
         caught.extend((x.detach().clone(), out.detach().requires_grad_()))  # cloned: what follows may work in place
         return caught[1].clone()
-    handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+    handle = module.register_forward_hook(of_this_thread(hook), with_kwargs=True, prepend=True)
     try: yield caught
     finally: handle.remove()
 
@@ -533,7 +541,7 @@ def only_at(
     def hook(module, args):
         check_positions(model, args[0], ids)
         return (args[0][rows.to(args[0].device), at.to(args[0].device)][None], *args[1:])
-    handle = head_of(model).register_forward_pre_hook(hook)
+    handle = head_of(model).register_forward_pre_hook(of_this_thread(hook))
     try: yield
     finally: handle.remove()
 
@@ -548,7 +556,7 @@ def flowing(
         if not out.requires_grad or 'NotImplemented' in out.grad_fn.name():
             raise ModelError(f'No gradient flows through {name!r} ({type(module).__name__}); load the model unquantised, or score by the output head (leave the layer out).')
     watched = [(n, m) for n, m in model.named_modules() if hasattr(m, 'in_features') or hasattr(m, 'infeatures')]
-    handles = [m.register_forward_hook(partial(hook, n)) for n, m in watched]
+    handles = [m.register_forward_hook(of_this_thread(partial(hook, n))) for n, m in watched]
     try: yield
     finally:
         for h in handles: h.remove()
@@ -605,6 +613,7 @@ class LayerCapture:
     budget:int|None=None         # most tokens in a batch, padding included; None: 1,024 on a CPU, 2,048 elsewhere
     room:int=2**26               # most supervised tokens x vocabulary entries held at once; a longer answer runs alone
     notes:list = field(default_factory=list)  # sentences about what was decided
+    at:tuple = ()                # the batch at hand: places among the rows that have an answer
 
     def __post_init__(self):
         self.head, (self.layer, self.module) = head_of(self.model), find_layer(self.model, self.layer)
@@ -638,7 +647,7 @@ def layer_factors(
         last.callback(relax, self.model, self.head)
         for index in self.plan(np.array(fed(self.model, some))):
             for part in _groups([some[i].tokens for i in index], self.tokens):
-                batch = [index[j] for j in part]
+                self.at = batch = [index[j] for j in part]
                 relax(self.model, self.head)
                 for i, f in zip(batch, self.factors([some[i] for i in batch], check)): yield todo[i], f
                 check = False

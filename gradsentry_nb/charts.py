@@ -6,8 +6,9 @@
 __all__ = ['KEPT', 'DROPPED', 'NOTE', 'CURVE', 'WORDS', 'GREY', 'LINE', 'TITLES', 'OTHERS', 'LENGTHS', 'NAMES', 'HUES', 'DASHES',
            'SHAPES', 'FAR', 'MEASURES', 'themed', 'cut_sentence', 'histogram_bins', 'score_histogram', 'thin_out',
            'score_by_length', 'strip_rows', 'score_strip', 'score_against', 'spectra', 'sample_map', 'precision_recall',
-           'roc', 'layer_bins', 'layer_map', 'as_values', 'data_update', 'live_histogram', 'live_strip', 'grid_map',
-           'rate_lines', 'side_by_side', 'attack_and_cost', 'chart_svg', 'chart_png', 'Still', 'still']
+           'roc', 'layer_bins', 'layer_map', 'as_values', 'data_update', 'live_histogram', 'live_strip', 'scatter_rows',
+           'live_against', 'live_map', 'grid_map', 'rate_lines', 'side_by_side', 'attack_and_cost', 'chart_svg',
+           'chart_png', 'Still', 'still']
 
 # %% ../nbs/14_charts.ipynb #6476aade
 import io, os, textwrap
@@ -283,13 +284,13 @@ def _rank_correlation(a, b):
     if len(a) < 2 or a.min() == a.max() or b.min() == b.max(): return np.nan
     return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
 
-def _spread(x, title):
+def _spread(x, title, field='other'):
     "An axis for values that may span decades: linear, logarithmic, or logarithmic with a zero."
     lo, hi = float(np.min(x)), float(np.max(x))
     kind = 'linear' if hi < 50*max(lo, 1 if lo == 0 else lo) or lo < 0 else 'log' if lo > 0 else 'symlog'
     ticks = dict(values=[0, *(m*10**e for e in range(7) for m in (1, 2, 5))]) if kind == 'symlog' else dict(tickCount=6)
     title = title if kind == 'linear' else f'{title} (log scale)' if not title.endswith(')') else f'{title[:-1]}, log scale)'
-    return alt.X('other:Q', title=title, scale=alt.Scale(type=kind, zero=False, nice=False, padding=8), axis=alt.Axis(grid=False, format='~g', **ticks))
+    return alt.X(f'{field}:Q', title=title, scale=alt.Scale(type=kind, zero=False, nice=False, padding=8), axis=alt.Axis(grid=False, format='~g', **ticks))
 
 # %% ../nbs/14_charts.ipynb #0fcdf804
 def score_against(
@@ -593,24 +594,26 @@ def data_update(
     "New values for a named data source of a chart that is on screen."
     return [dict(namespace='data', name=name, scope=[], value=as_values(frame))]
 
-def _params(cut):
-    "The parameters that all live charts share."
+def _params(cut, sides=('x',)):
+    "The parameters that all live charts share; a brush along `sides`."
     at = cut.value if isinstance(cut, Cut) else cut
-    return alt.param(name='cut', value=FAR if at is None else float(at)), alt.selection_interval(name='brush', encodings=['x'])
+    return alt.param(name='cut', value=FAR if at is None else float(at)), alt.selection_interval(name='brush', encodings=list(sides))
 
 def _picked(**at):
     "The rows that are selected elsewhere, from a second named source: 'picked'."
     mark = dict(filled=False, size=120, color=NOTE, strokeWidth=2) if 'y' in at else dict(filled=True, size=70, color=NOTE, shape='triangle-up', yOffset=-5)
     return alt.Chart(alt.InlineData(values=[], name='picked')).mark_point(opacity=1, **mark).encode(**{'y': alt.value('height'), **at})
 
-def _live(layers, name, frame, cut, title, lines, size):
+def _live(layers, name, frame, cut, title, lines, size, sides=('x',)):
     "Layers over one named source, with the shared parameters."
-    at, brush = _params(cut)
+    at, brush = _params(cut, sides)
     data = alt.InlineData(values=[] if frame is None else as_values(frame), name=name)
     return themed(alt.layer(*layers, data=data).add_params(brush, at), title, *lines, width=size[0], height=size[1])
 
 # %% ../nbs/14_charts.ipynb #515e1f37
 _SAY = "cut > 1e299 ? 'no cut' : 'cut '+format(cut, '.4~g')+(cut > datum.hi ? ', above all' : cut < datum.lo ? ', below all' : '')"
+
+_LIVE_SIDE = "datum.score > cut ? 'dropped' : 'kept'"
 
 def _live_rule(lo, hi, channel):
     "The parameter `cut` as a rule with a label, kept inside of the data."
@@ -648,11 +651,52 @@ def live_strip(
     cut:Cut|float|None=None, title:str='', *lines:str, width:int=380, height:int=210,
 ):                                # an `alt.LayerChart` with the parameters `cut` and `brush`
     "A strip in scan order whose data and cut can be changed while it is on screen."
-    side = "datum.score > cut ? 'dropped' : 'kept'"
-    points = alt.Chart().transform_filter('isValid(datum.score)').transform_calculate(side=side).mark_circle(size=18, opacity=.7)
+    points = alt.Chart().transform_filter('isValid(datum.score)').transform_calculate(side=_LIVE_SIDE).mark_circle(size=18, opacity=.7)
     points = points.encode(_row_axis(), _score_axis(statistic), _sides(), tooltip=['row:Q', 'score:Q'])
     bare = _unscored(alt.Undefined).transform_filter('!isValid(datum.score)')
     return _live([points, bare, _picked(x='row:Q', y='score:Q'), *_live_rule('score', 'score', 'y')], 'rows', rows, cut, title, lines, (width, height))
+
+# %% ../nbs/14_charts.ipynb #ab3252b6
+def scatter_rows(
+    frame:pd.DataFrame,       # with `score` and the two columns
+    x:str, y:str,             # columns
+    flagged,                  # [N] bool: rows to keep first
+    most:int=1500,            # most rows
+)->tuple:                     # (frame of `row`, `score`, x and y; how many rows have both numbers)
+    "The rows that a live scatter draws."
+    f = pd.DataFrame({c: pd.to_numeric(frame[c], errors='coerce') for c in dict.fromkeys(('row', 'score', x, y))})
+    both = np.isfinite(f[x].to_numpy(float)) & np.isfinite(f[y].to_numpy(float))
+    return f[both].iloc[thin_out(np.asarray(flagged, bool)[both], most)].reset_index(drop=True), int(both.sum())
+
+def live_against(
+    rows:pd.DataFrame,            # of `scatter_rows` with 'score' as y. The data source is called 'points'
+    column:str,                   # what stands across
+    statistic:str='score',        # what the score is, for the axis; with 'entropy' over 'tokens' the bound is drawn
+    cut:Cut|float|None=None,      # where the parameter `cut` begins
+    *lines:str,                   # under the title
+    k:int=16,                     # singular values in the entropy
+    width:int=380, height:int=210,
+):                                # an `alt.LayerChart` with the parameters `cut` and `brush`
+    "The score against another number, with a cut and a brush."
+    if not len(rows): return _empty(f'no row has a score and a number in {visible(str(column)[:240], 40)}')
+    points = alt.Chart().transform_calculate(side=_LIVE_SIDE).mark_circle(size=18, opacity=.65)
+    points = points.encode(_spread(rows[column], _title(column), column), _score_axis(statistic), _sides(), tooltip=['row:Q', f'{column}:Q', 'score:Q'])
+    bound = [_bound(rows[column].min(), rows[column].max(), k)]*(statistic == 'entropy' and column == 'tokens')
+    layers = [points, *bound, _picked(x=f'{column}:Q', y='score:Q'), *_live_rule('score', 'score', 'y')]
+    lines = [*lines, 'Dashed grey: the most that an answer of this length can have'*bool(bound)]
+    return _live(layers, 'points', rows, cut, f'Score against {_title(column)}', lines, (width, height), ('x', 'y'))
+
+def live_map(
+    rows:pd.DataFrame,            # of `scatter_rows` with 'x' and 'y', as for `live_against`, as are the others
+    statistic:str='score', cut:Cut|None=None, *lines:str, width:int=380, height:int=280,
+):                                # an `alt.LayerChart` with the parameters `cut` and `brush`
+    "Samples on a plane, coloured by score, with a brush."
+    if not len(rows): return _empty('no row has a place on the map')
+    XY = [kind(f'{c}:Q', title=f'{n} direction (no unit)', axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=False)) for kind, c, n in ((alt.X, 'x', 'first'), (alt.Y, 'y', 'second'))]
+    has = rows['score'].notna()
+    points = alt.Chart().transform_filter('isValid(datum.score)').mark_circle(size=26, opacity=.75)
+    points = points.encode(*XY, _heat(rows['score'][has].to_numpy(float), cut, statistic), tooltip=['row:Q', 'score:Q'])
+    return _live([points, _picked(x='x:Q', y='y:Q')], 'points', rows, cut, 'Samples by their gradients', lines, (width, height), ('x', 'y'))
 
 # %% ../nbs/14_charts.ipynb #295075d4
 MEASURES = dict(auroc='AUROC', recall='recall', precision='precision', f1='F1', accuracy='accuracy', fpr='false-positive rate', tpr_at_1fpr='recall at 1 % false positives',

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['truth_vector', 'auroc', 'best_f1', 'tpr_at', 'f1_interval', 'auroc_interval', 'tpr_interval', 'paired_difference',
-           'Evaluation', 'evaluation_table', 'evaluate', 'rouge_recall', 'mean_interval', 'gold_of', 'Behaviour',
-           'behaviour']
+           'Evaluation', 'evaluation_table', 'evaluate', 'Judge', 'rouge_recall', 'mean_interval', 'gold_of',
+           'Behaviour', 'behaviour']
 
 # %% ../nbs/41_evaluate.ipynb #88dd6e6f
 import html, math
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np, pandas as pd
 
+from .charts import precision_recall, roc
 from .core import DataError, Verdict, optional, seed_for, visible
 from .generate import generate_answers
 from .textstats import best_overlap
@@ -180,6 +181,23 @@ def evaluate(
     count = lambda a, b: int((a & b).sum())
     return Evaluation(count(y, flagged), count(~y, flagged), count(y, ~flagged), count(~y, ~flagged), auroc(score, y), best_f1(score, y)[0],
                       tpr_at(score, y)[0], dict(auroc=auroc_interval(score, y), tpr=tpr_interval(score, y)))
+
+# %% ../nbs/41_evaluate.ipynb #ae65e1a0
+class Judge:
+    "The truth about some samples; it answers with evaluations."
+    def __init__(self,
+        truth:dict,        # sample id -> planted?
+    ): self._truth = truth
+    def __repr__(self): return f'Judge({len(self._truth):,} rows)'
+    def __call__(self, verdict:Verdict)->Evaluation: return evaluate(verdict, self._truth)
+    def curves(self,
+        verdict:Verdict,   # with its cut
+    )->tuple:              # (precision over recall, ROC) as charts
+        "Both curves of the score, of answer length and of repeated phrases."
+        frame = verdict.scores.frame
+        y = truth_vector(frame['id'].tolist(), self._truth)
+        columns = [c for c in ('score', 'tokens', 'ngram_rows') if c in frame and frame[c].notna().any()]
+        return tuple(draw(frame, y, verdict.cut, columns) for draw in (precision_recall, roc))
 
 # %% ../nbs/41_evaluate.ipynb #cec9d1cf
 class _Spaces:

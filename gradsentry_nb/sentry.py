@@ -249,6 +249,10 @@ class Scan:
         self.rows, self.pending = {}, {}    # index -> statistics of finished rows; roots of rows that wait for them
         self.total = sum(e.tokens > 0 for e in self.encoded)                   # rows with an answer
     def __len__(self): return len(self.rows)+len(self.pending)                  # rows done
+    @property
+    def at_hand(self)->list:                                                    # rows of the batch that is being computed
+        todo = [i for i, e in enumerate(self.encoded) if e.tokens]
+        return sorted(self.samples[todo[j]].row for j in self.capture.at)
     def __iter__(self):
         "Yield the index of each row as it is done, in the order of the batches."
         for i, f in self.capture(self.encoded):

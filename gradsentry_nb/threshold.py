@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FALLBACK', 'BINS', 'THRESHOLDS', 'kde', 'peaks', 'paper_valley', 'ashman', 'valleys', 'valley', 'fixed', 'p_values',
-           'wilson', 'check_rate', 'calibrated', 'check_threshold', 'need_clean', 'find_cut', 'cut_scores', 'decide']
+           'wilson', 'check_rate', 'calibrated', 'check_threshold', 'need_clean', 'find_cut', 'cut_scores', 'decide',
+           'length_trend']
 
 # %% ../nbs/12_threshold.ipynb #520ad2ce
 import math
@@ -252,3 +253,20 @@ def decide(
     "A verdict with the trivial statistics beside it."
     if clean is not None: scores = Scores(scores.frame.assign(p_value=p_values(scores.frame['score'], clean)), scores.info)
     return Verdict(scores, cut, rivals(scores.frame, cut.flags(scores.frame['score'])))
+
+# %% ../nbs/12_threshold.ipynb #282f42fb
+def length_trend(
+    tokens,           # [N] answer lengths
+    x,                # [N] scores, NaN where there is none
+    share:float=.05,  # of the rows: how many are looked at for each length, and at least 30
+):                    # function(tokens) -> [M] what answers of these lengths usually score
+    "The median score of the rows whose answers are nearest in length, between known lengths by a straight line."
+    tokens, x = np.asarray(tokens, float), np.asarray(x, float)
+    has = np.isfinite(x) & np.isfinite(tokens)
+    if not has.any(): return lambda t: np.zeros(np.shape(t))
+    order = np.argsort(tokens[has], kind='stable'); T, y = tokens[has][order], x[has][order]
+    lengths, first = np.unique(T, return_index=True); stop = np.r_[first[1:], len(T)]
+    room = np.maximum(0, max(30, math.ceil(share*len(T)))-(stop-first))      # rows of other lengths that are needed
+    lo = np.clip(first-(room+1)//2, 0, None); hi = np.minimum(len(T), np.maximum(stop, lo+room+stop-first))
+    usual = [np.median(y[a:b]) for a, b in zip(lo, hi)]
+    return lambda t: np.interp(np.asarray(t, float), lengths, usual)
