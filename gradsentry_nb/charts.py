@@ -290,7 +290,7 @@ def _spread(x, title, field='other'):
     kind = 'linear' if hi < 50*max(lo, 1 if lo == 0 else lo) or lo < 0 else 'log' if lo > 0 else 'symlog'
     ticks = dict(values=[0, *(m*10**e for e in range(7) for m in (1, 2, 5))]) if kind == 'symlog' else dict(tickCount=6)
     title = title if kind == 'linear' else f'{title} (log scale)' if not title.endswith(')') else f'{title[:-1]}, log scale)'
-    return alt.X(f'{field}:Q', title=title, scale=alt.Scale(type=kind, zero=False, nice=False, padding=8), axis=alt.Axis(grid=False, format='~g', **ticks))
+    return alt.X(f'{field}:Q', title=title, scale=alt.Scale(type=kind, zero=False, nice=False, padding=8), axis=alt.Axis(grid=False, format='.4~g', **ticks))
 
 # %% ../nbs/14_charts.ipynb #0fcdf804
 def score_against(
@@ -396,7 +396,7 @@ def _heat(score, cut, statistic):
     lo, hi = np.quantile(score, [.01, .99]) if len(score) else (0., 1.)
     middle = cut.value if cut and cut.separated and lo < cut.value < hi else (lo+hi)/2
     if not lo < middle < hi: lo, middle, hi = middle-.5, middle, middle+.5
-    legend = alt.Legend(title=_title(statistic), gradientLength=180, format='~g', tickCount=4)
+    legend = alt.Legend(title=_title(statistic), gradientLength=180, format='.4~g', tickCount=4)
     return alt.Color('score:Q', scale=alt.Scale(domain=[float(lo), float(middle), float(hi)], range=[KEPT, '#A0A0A0', DROPPED], clamp=True), legend=legend)
 
 # %% ../nbs/14_charts.ipynb #56ac339c
@@ -570,7 +570,7 @@ def layer_map(
     by = dict(mean='their mean over the layers', row='row').get(order, _title(order))
     X = alt.X('start:Q', title=f'samples by {by} (rank, from 0)', scale=alt.Scale(domain=[0, n], nice=False, zero=False), axis=alt.Axis(grid=False, tickCount=6, tickMinStep=1))
     Y = alt.Y('layer:N', sort=list(names.values()), title='layer', axis=alt.Axis(labelOverlap=True), scale=alt.Scale(paddingInner=0))
-    C = alt.Color('value:Q', scale=alt.Scale(scheme='viridis'), legend=alt.Legend(title=_title(statistic), gradientLength=180, format='~g', tickCount=4))
+    C = alt.Color('value:Q', scale=alt.Scale(scheme='viridis'), legend=alt.Legend(title=_title(statistic), gradientLength=180, format='.4~g', tickCount=4))
     tips = ['layer:N', alt.Tooltip('start:Q', title='from rank'), alt.Tooltip('stop:Q', title='up to'), 'value:Q']
     fields = alt.Chart(d).mark_rect(clip=True).encode(X, alt.X2('until:Q'), Y, C, tooltip=tips)
     step = int(np.clip(420/len(layers), 3, 22))
@@ -595,9 +595,9 @@ def data_update(
     return [dict(namespace='data', name=name, scope=[], value=as_values(frame))]
 
 def _params(cut, sides=('x',)):
-    "The parameters that all live charts share; a brush along `sides`."
+    "The parameters that all live charts share: the cut, a brush along `sides`, and 0 in every chart that was just put on screen."
     at = cut.value if isinstance(cut, Cut) else cut
-    return alt.param(name='cut', value=FAR if at is None else float(at)), alt.selection_interval(name='brush', encodings=list(sides))
+    return alt.selection_interval(name='brush', encodings=list(sides)), alt.param(name='cut', value=FAR if at is None else float(at)), alt.param(name='shown', value=0)
 
 def _picked(**at):
     "The rows that are selected elsewhere, from a second named source: 'picked'."
@@ -606,9 +606,8 @@ def _picked(**at):
 
 def _live(layers, name, frame, cut, title, lines, size, sides=('x',)):
     "Layers over one named source, with the shared parameters."
-    at, brush = _params(cut, sides)
     data = alt.InlineData(values=[] if frame is None else as_values(frame), name=name)
-    return themed(alt.layer(*layers, data=data).add_params(brush, at), title, *lines, width=size[0], height=size[1])
+    return themed(alt.layer(*layers, data=data).add_params(*_params(cut, sides)), title, *lines, width=size[0], height=size[1])
 
 # %% ../nbs/14_charts.ipynb #515e1f37
 _SAY = "cut > 1e299 ? 'no cut' : 'cut '+format(cut, '.4~g')+(cut > datum.hi ? ', above all' : cut < datum.lo ? ', below all' : '')"

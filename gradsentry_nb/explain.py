@@ -240,7 +240,7 @@ def explain_row(
     found = _row_factors(sentry, encoded)
     if isinstance(found, str): raise DataError(f'{where}: {found[0].lower()}{found[1:]}')
     r, s, parts, about = found
-    stats = statistics([r], sentry.settings.k, sentry.settings.window)[0]
+    stats = statistics([r], sentry.settings.k, sentry.settings.window)[0]; del stats['svals']      # those of the crop
     if not math.isfinite(stats['entropy']): raise DataError(f'{where}: {NOT_FINITE[0].lower()}{NOT_FINITE[1:]}')
     if not math.isfinite(stats[sentry.settings.statistic]): raise DataError(f'{where}: {sentry.settings.statistic} is not defined for a single token.')
     text, tokens = _token_frame(sentry, sample, encoded, r.loss.double().cpu().numpy(), parts.double().cpu().numpy(), stats)

@@ -299,6 +299,136 @@ def test_a_stopped_dashboard_shows_what_is_done():
     assert d.verdict.scores.info['interrupted']
 
 
+# ---- which number is the score, and how it is drawn
+
+def watched(how='plain', **kw):
+    d = dashboard(*demo()[:2], truth=demo()[2], renderer=how, **kw); d.live.wait(60)
+    return d
+
+
+@pytest.mark.parametrize('k', [2, 5, 64])
+def test_another_k_is_what_a_scan_with_it_gives(k):
+    d = watched(); d.statistic.value = 'entropy'; d.k.value = k
+    sentry = Sentry(*demo_model(), statistic='entropy', k=k)
+    wanted = sentry.filter(demo()[1], progress=False)
+    np.testing.assert_allclose(d.board.score, wanted.scores.frame['score'], rtol=1e-9)
+    assert d.verdict.drop == wanted.drop and d.verdict.scores.info['settings']['k'] == k
+
+
+def test_k_can_be_changed_while_the_scan_runs():
+    d = dashboard(*demo()[:2], renderer='plain', start=False)
+    d.statistic.options = [*d.statistic.options, ('entropy', 'entropy')]
+    d.live.every, d.live.tell = 0, lambda s: (d.on_rows(s), setattr(d.k, 'value', 4) if len(s.scan) > 30 else None)
+    d.on_go(None); d.live.wait(60)
+    np.testing.assert_allclose(d.board.frame['entropy'], Sentry(*demo_model(), k=4).score(demo()[1], progress=False).frame['entropy'], rtol=1e-9)
+
+
+def test_a_view_of_a_verdict_has_no_k():
+    w = shown()
+    assert not any(w.k is c for row in w.widget.children for c in getattr(row, 'children', ()))
+    with pytest.raises(SettingError, match='scan again'): w.board.use('entropy', k=8)
+    for k in (1, 65, 2.5): 
+        with pytest.raises(SettingError, match='k must be'): watched().board.use('entropy', k=k)
+
+
+def test_the_score_for_its_length():
+    from gradsentry_nb.threshold import length_trend
+    w = shown(); raw = w.board.score
+    w.adjusted.value = True
+    T = w.board.frame['tokens']
+    np.testing.assert_allclose(w.board.score, raw-length_trend(T, raw)(T))
+    assert w.verdict.scores.info['length_adjusted'] and 'for its length' in repr(w.board)
+    w.adjusted.value = False
+    np.testing.assert_array_equal(w.board.score, raw)
+    assert 'length_adjusted' not in w.verdict.scores.info and w.verdict.drop == verdict().drop
+
+
+def test_known_clean_rows_are_adjusted_alike():
+    clean = demo()[0].score(demo_samples(200, rate=0, seed=9)[0], progress=False)
+    w = view(verdict(), demo()[1], known_clean=clean, renderer='plain')
+    w.adjusted.value = True; w.method.value = 'calibrated'
+    assert not w.status.value
+    np.testing.assert_allclose(w.board.known(), clean.frame['score']-w.board.trend(clean.frame['tokens']))
+
+
+def test_a_score_without_a_column_of_its_own_comes_back():
+    from gradsentry_nb.core import Scores
+    f = verdict().scores.frame
+    foreign = Scores(f.assign(score=np.arange(400.)), dict(detector='x', statistic='onion'))
+    from gradsentry_nb.threshold import cut_scores, decide
+    w = view(decide(foreign, cut_scores(foreign, 200.)), demo()[1], renderer='plain')
+    w.statistic.value = 'loss'; w.statistic.value = 'onion'
+    np.testing.assert_array_equal(w.board.score, np.arange(400.))
+
+
+def test_a_wrong_choice_leaves_the_controls_as_they_were():
+    w = shown(); w.board.frame['tokens'] = np.nan
+    w.adjusted.value = True
+    assert 'cannot be adjusted' in w.status.value and not w.adjusted.value and not w.board.adjusted
+
+
+@pytest.mark.parametrize('how', ['live', 'plain'])
+def test_every_tab_draws(how):
+    d = watched(how)
+    names = [p.title for p in d.pictures.panels]
+    assert names == ['scores', 'trivial detectors', 'spectra', 'map', 'against the truth']
+    for i, p in enumerate(d.pictures.panels):
+        d.pictures.widget.selected_index = i
+        if p.title == 'map': p.make(None)
+        html = getattr(p, 'html', None)
+        for _ in range(100):
+            if html is None or '<svg' in html.value: break
+            time.sleep(.05)
+        assert html is None or '<svg' in html.value, p.title
+        if how == 'live' and html is None and p.title != 'scores': assert p.chart.widget.spec['data']['values'], p.title
+        assert not p.stale and not d.status.value
+
+
+def test_only_the_open_tab_is_drawn():
+    d = watched('live')
+    against = d.pictures.panels[1]
+    assert against.chart is None and against.stale
+    d.pictures.widget.selected_index = 1
+    spec = against.chart.widget.spec
+    d.at.value = float(np.median(d.board.score))
+    assert against.chart.widget.params.cut == d.board.cut.value and against.chart.widget.spec is spec and d.pictures.panels[0].stale
+    against.column.value = 'ngram_rows'
+    assert against.chart.widget.spec is not spec and against.chart.widget.params.cut == d.board.cut.value
+    d.pictures.widget.selected_index = 0
+    assert d.pictures.panels[0].both['bins'].widget.params.cut == d.board.cut.value
+
+
+def brushed(chart, **ranges):
+    "What Altair's own JavaScript would send."
+    chart.widget._vl_selections = {'brush': dict(value={f: list(x) for f, x in ranges.items()}, store=[])}
+
+
+def test_brushes_of_every_chart_select():
+    d = watched('live'); d.pictures.widget.selected_index = 3; d.pictures.panels[3].make(None)
+    d.pictures.widget.selected_index = 1; d.pictures.widget.selected_index = 0
+    f, m = d.board.frame, d.map.frame
+    scores, against, _, on_map, _ = d.pictures.panels
+    wanted = lambda ok: set(f['id'][np.asarray(ok)])
+    brushed(scores.both['bins'], start=(100, 1000)); assert set(d.selected) == wanted(f['score'] >= 100)
+    brushed(scores.both['rows'], row=(10, 50)); assert set(d.selected) == wanted(f['row'].between(10, 50))
+    brushed(against.chart, tokens=(20, 40), score=(50, 500)); assert set(d.selected) == wanted(f['tokens'].between(20, 40) & f['score'].between(50, 500))
+    x, y = m['x'].median(), m['y'].median()
+    brushed(on_map.chart, x=(x, 9), y=(-9, y)); assert set(d.selected) == wanted((m['x'] >= x) & (m['y'] <= y)) and len(d.selected) > 20
+    d.statistic.value = 'loss'; brushed(scores.both['bins'], start=(0, 1)); assert set(d.selected) == wanted(f['loss'] <= 1), 'another chart, and still listened to'
+
+
+def test_the_dashboard_offers_what_was_computed():
+    d = watched()
+    assert {v for _, v in d.statistic.options} >= set(NUMBERS)
+
+
+def test_curves_come_from_a_judge_and_the_view_holds_no_truth():
+    d = watched()
+    held = [v for o in (d, d.board, d.live, *d.pictures.panels) for v in vars(o).values()]
+    assert not any(isinstance(v, dict) and set(v) == set(demo()[2]) and set(map(bool, v.values())) == {True, False} and set(map(type, v.values())) == {bool} for v in held)
+    assert d.judge.curves(d.verdict)[0].to_dict()['title']['text'].startswith('Precision')
+
+
 # ---- hostile text
 
 def test_hostile_text_is_text():
