@@ -1286,6 +1286,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
             'gradsentry_nb.widgets': { 'gradsentry_nb.widgets.Against': ('widgets.html#against', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets.Against.build': ('widgets.html#against.build', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets.Against.fits': ('widgets.html#against.fits', 'gradsentry_nb/widgets.py'),
+                                       'gradsentry_nb.widgets.Against.offer': ('widgets.html#against.offer', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets.Dashboard': ('widgets.html#dashboard', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets.Dashboard.__init__': ( 'widgets.html#dashboard.__init__',
                                                                                      'gradsentry_nb/widgets.py'),

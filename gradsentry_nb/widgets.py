@@ -127,7 +127,7 @@ class LiveChart:
     ):
         import altair as alt
         alt.JupyterChart.enable_offline()
-        self.brush, self.columns, self.sent, self.at, room = brush, dict(columns), {}, FAR, f'{WIDTH+90}px'
+        self.brush, self.columns, self.sent, self.at, self.times, room = brush, dict(columns), {}, FAR, 0, f'{WIDTH+90}px'
         self.widget = alt.JupyterChart(self.sized(chart), debounce_wait=60, embed_options=dict(actions=False), layout=W.Layout(width=room, min_width=room, min_height='310px'))
         self.listen()
     @staticmethod
@@ -138,7 +138,7 @@ class LiveChart:
     def send(self, name, frame): self.sent[name] = self.widget._py_to_js_updates = data_update(name, frame)
     def cut(self, cut): self.at = self.widget.params.cut = FAR if cut.value is None else float(cut.value)
 
-# %% ../nbs/50_widgets.ipynb #4b18181e
+# %% ../nbs/50_widgets.ipynb #e11ce252
 def _listen(self):
     "Follow the chart's brush and its arrivals on a screen; another chart has other ones."
     self.widget.params.shown = 1
@@ -154,11 +154,12 @@ def _shown(self, change):
 
 def _again(self):
     self.widget.params.shown, self.widget.params.cut = 1, self.at
-    self.widget._py_to_js_updates = [update for sent in self.sent.values() for update in sent]
+    self.times += 1                                                    # what is sent twice alike would not be heard
+    self.widget._py_to_js_updates = [{**update, 'time': self.times} for sent in self.sent.values() for update in sent]
 
 LiveChart.listen, LiveChart.brushed, LiveChart.shown, LiveChart.again = _listen, _brushed, _shown, _again
 
-# %% ../nbs/50_widgets.ipynb #33a3276c
+# %% ../nbs/50_widgets.ipynb #c193521c
 class Panel:
     "One tab of pictures; a kind says how it draws."
     title, every = '', 0.   # on the tab; least seconds between two drawings while a scan runs
@@ -207,7 +208,7 @@ def panel(*renderers):
         return kind
     return add
 
-# %% ../nbs/50_widgets.ipynb #a0835702
+# %% ../nbs/50_widgets.ipynb #c486e2bf
 @panel('live')
 class LiveScores(Panel):
     "Histogram and strip."
@@ -238,22 +239,26 @@ class PlainScores(Panel):
     title, every = 'scores', 1.
     def charts(self): b = self.board; return score_histogram(b.frame, b.cut, b.label), score_strip(b.frame, b.cut, b.label)
 
-# %% ../nbs/50_widgets.ipynb #33ed0ee6
+# %% ../nbs/50_widgets.ipynb #5e3c4b1a
 class Against(Panel):
     "The score over a number of the reader's choice."
     title, every = 'trivial detectors', 1.
     def build(self):
-        names = [c for c in ('tokens', 'ngram_rows', 'answer_words', 'loss', 'window_loss', 'grad_norm', 'entropy') if c in self.board.frame]
-        self.column = W.Dropdown(options=[(NAMED.get(n, n), n) for n in names], description='against', layout=W.Layout(width='auto'))
+        self.column = W.Dropdown(description='against', layout=W.Layout(width='auto')); self.offer()
         self.column.observe(lambda c: self.draw(), 'value')
         return W.VBox([_beside(self.column), self.picture()])
     @classmethod
     def fits(cls, view): return 'tokens' in view.board.frame
+    def offer(self):
+        "What there is by now: the shared phrases are counted when the scan has ended."
+        names = [c for c in ('tokens', 'ngram_rows', 'answer_words', 'loss', 'window_loss', 'grad_norm', 'entropy') if c in self.board.frame]
+        if len(names) > len(self.column.options): at = self.column.value; self.column.options = [(NAMED.get(n, n), n) for n in names]; self.column.value = at or names[0]
 
 @panel('plain')
 class PlainAgainst(Against):
     def picture(self): return super(Against, self).build()
     def charts(self):
+        self.offer()
         b, c = self.board, self.column.value
         return [score_by_length(b.frame, b.cut, b.label, k=b.k) if c == 'tokens' else score_against(b.frame, c, b.cut, b.label)]
 
@@ -284,10 +289,11 @@ class Scatter(Panel):
 @panel('live')
 class LiveAgainst(Against, Scatter):
     def draw(self):
+        self.offer()
         b, c = self.board, self.column.value
         self.plot(b.frame, c, 'score', lambda rows, said: live_against(rows, c, b.label, b.cut, said, k=b.k, width=WIDTH), (c,))
 
-# %% ../nbs/50_widgets.ipynb #82bc87b6
+# %% ../nbs/50_widgets.ipynb #8062685c
 @panel('live', 'plain')
 class Spectra(Panel):
     "Singular values of a few rows."

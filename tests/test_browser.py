@@ -107,6 +107,33 @@ def test_a_row_opens_and_can_be_marked(lab):
     assert lab.errors == []
 
 
+def tab(b, name): b.page.locator('.widget-tab .lm-TabBar-tab', has_text=name).first.click(); b.page.wait_for_timeout(800)
+RINGS = "() => [...document.querySelectorAll('.vega-embed svg')].some(s => s.checkVisibility() && s.querySelectorAll('[aria-roledescription=point]').length === 1)"
+
+
+def test_tabs_draw_when_they_are_opened(lab):
+    lab.ask('d.board.selected = d.verdict.drop[:1]')
+    tab(lab, 'trivial detectors')
+    lab.page.wait_for_function(RINGS, timeout=10_000)      # the selected row, in a chart that was made just now
+    svg = lab.page.locator('.vega-embed svg:visible').first
+    svg.scroll_into_view_if_needed()
+    box, m = svg.bounding_box(), lab.page.mouse
+    m.move(box['x']+box['width']*.3, box['y']+box['height']*.25); m.down(); m.move(box['x']+box['width']*.9, box['y']+box['height']*.55, steps=8); m.up()
+    lab.until('print(len(d.selected) > 5 and d.which.value)', 'selected', 20)
+    before = None
+    while before != (now := lab.ask('print(d.selected)')): before = now; lab.page.wait_for_timeout(1500)
+    lab.ask("import numpy as np; at = [d.board.at[i] for i in d.selected]; f = d.board.frame; box = [(f[c].iloc[at].min(), f[c].iloc[at].max()) for c in ('tokens', 'score')]")
+    assert lab.ask("print(set(d.selected) == set(f['id'][f['tokens'].between(*box[0]) & f['score'].between(*box[1])]))").strip() == 'True', 'all rows of the rectangle'
+    for name in ('spectra', 'against the truth'):
+        tab(lab, name)
+        lab.page.wait_for_function("() => [...document.querySelectorAll('.widget-html svg')].some(s => s.checkVisibility() && s.querySelectorAll('path').length > 5)", timeout=15_000)
+    tab(lab, 'map'); press(lab, 'sketch the gradients')
+    lab.until('print(d.map is not None)', 'True', 60)
+    lab.page.wait_for_function("() => [...document.querySelectorAll('.vega-embed svg')].some(s => s.checkVisibility() && s.querySelectorAll('.mark-symbol path').length > 500)", timeout=15_000)
+    tab(lab, 'scores')
+    assert lab.errors == []
+
+
 def test_the_static_copy_is_hidden_while_the_table_lives(lab):
     lab.page.wait_for_timeout(2000)
     assert lab.page.locator('[class^=gs-static]').count() == 1 and not lab.page.locator('[class^=gs-static]').is_visible()
@@ -149,3 +176,15 @@ def test_hostile_text_in_a_page(lab, lab_url):
         rows.nth(i).click()
         b.until('print(len(d.selected) == 1 and "by score" in d.detail.value or d.detail.value[:50])', 'True', 20)
     assert rows.count() >= 12 and b.errors == [] and b.page.evaluate('document.documentElement.scrollWidth') <= 1000
+
+
+def test_a_view_shows_everything_each_time_that_it_is_put_on_screen(lab, lab_url):
+    "A chart that is displayed, or displayed once more, shows the scores and the cut that were sent before."
+    b, folder = lab, lab_url[0]
+    (folder/'v.ipynb').write_text(notebook(SETUP, 'v = view(sentry.filter(samples, progress=False), samples, sentry); v.at.value = 60.\nv', 'v'))
+    b.save(); b.open('v.ipynb')
+    b.page.wait_for_function("() => document.querySelectorAll('.gs-table table').length === 2", timeout=120_000)
+    drawn = "() => { const n = [...document.querySelectorAll('.vega-embed svg')].map(s => s.querySelectorAll('.mark-rect path, .mark-symbol path').length); return n.length === 4 && n.every(x => x > 10) }"
+    b.page.wait_for_function(drawn, timeout=20_000)
+    labels = b.page.evaluate("() => [...document.querySelectorAll('.vega-embed svg text')].map(t => t.textContent).filter(t => t.startsWith('cut '))")
+    assert labels == ['cut 60']*4 and b.errors == []
