@@ -391,7 +391,7 @@ PICTURES = {'live': LivePictures, 'plain': PlainPictures}
 class PlainTable:
     "The page of a table as a list of core ipywidgets: for front ends without custom widgets."
     def __init__(self, opened):
-        self.list = W.Select(options=[], rows=12, layout=W.Layout(width='100%'))
+        self.list = W.Select(options=[], rows=12, layout=W.Layout(width='100%')); self.list.add_class('gs-list')
         self.widget, self.opened, self.ids, self.busy = self.list, opened, [], False
         self.list.observe(lambda c: None if self.busy or c['new'] is None else opened([self.ids[c['new']]]), 'index')
     def show(self, rows, board):
@@ -510,6 +510,7 @@ def _build(self, out):
     self.near, self.map = W.HTML(), None
     self.extra = W.VBox([])
     self.widget = W.VBox([self.head, self.extra, *top, self.pictures.widget, *rows, self.status, self.detail, _beside(*near), self.near, files], layout=W.Layout(width='100%'))
+    if self.how == 'plain': self.widget.children += W.HTML(f'<style>.gs-static-{self.name}{{display:none}} .gs-list select{{font-family:ui-monospace,monospace}}</style>', layout=W.Layout(display='none')),
 
 View.controls, View.rows_part, View.build = _controls, _rows_part, _build
 
