@@ -21,8 +21,9 @@ def there(colab, *args, seconds=300):
 
 def test_the_versions_are_those(colab):
     pins = dict(re.findall(r'^([\w-]+)==(\S+)$', (ROOT/'tests/colab.txt').read_text(), re.MULTILINE))
-    code = f'from importlib import import_module as i; print({{n: i(m).__version__ for n, m in dict(ipython="IPython", ipykernel="ipykernel", ipywidgets="ipywidgets", altair="altair", anywidget="anywidget", numpy="numpy", pandas="pandas").items()}} | dict(file=i("gradsentry_nb").__file__))'
-    assert there(colab, '-c', code).stdout.strip() == str({n: pins[n] for n in ('ipython', 'ipykernel', 'ipywidgets', 'altair', 'anywidget', 'numpy', 'pandas')} | dict(file=str(ROOT/'gradsentry_nb/__init__.py')))
+    names = dict(ipython='IPython', **{n: n for n in ('ipykernel', 'ipywidgets', 'altair', 'anywidget', 'numpy', 'pandas')})
+    said = there(colab, '-c', f'from importlib import import_module as i; print({{n: i(m).__version__ for n, m in {names}.items()}}, i("gradsentry_nb").__file__)').stdout
+    assert said.strip() == f'{ {n: pins[n] for n in names} } {ROOT/"gradsentry_nb/__init__.py"}'
 
 
 def test_the_suite_passes(colab):
