@@ -64,6 +64,7 @@ def cut_sentence(
     cut:Cut,             # the line
 )->str:                  # 'Cut at 0.702: 122 of 1,200 rows above'
     "What the cut does to these rows, in one sentence."
+    if cut.method == 'uncut': return 'Not cut yet'
     if not cut.separated: return f'No separation: none of {_plural(len(frame), "row")} dropped'
     return f'Cut at {cut.value:.4g}: {int(cut.flags(frame["score"]).sum()):,} of {_plural(len(frame), "row")} above'
 
@@ -98,7 +99,7 @@ def _rule(cut, bins):
     top = max(bins['rows'].max(), bins['curve'].max(skipna=True) if bins['curve'].notna().any() else 0)
     lo, hi = bins['start'].min(), bins['stop'].max()
     if not cut.separated:
-        return alt.Chart(pd.DataFrame(dict(x=[hi], y=[top], text=['no separation']))).mark_text(
+        return alt.Chart(pd.DataFrame(dict(x=[hi], y=[top], text=['not cut yet' if cut.method == 'uncut' else 'no separation']))).mark_text(
             align='right', baseline='top', fontSize=14, color=WORDS, fontWeight='bold').encode(x='x:Q', y='y:Q', text='text:N')
     if not lo <= cut.value <= hi: text, x = f'cut at {cut.value:.4g}, outside', lo if cut.value < lo else hi
     else: text, x = f'cut {cut.value:.4g}', cut.value
@@ -261,6 +262,7 @@ def score_strip(
     cut:Cut,                      # the line between keep and drop
     statistic:str='score',        # what the score is, for the axis
     most:int=5000,                # most points to draw
+    picked:tuple=(),              # places of rows to ring
 ):                                # an `alt.LayerChart`
     "The score of every row in scan order: where in the file the dropped rows lie, and which rows have no score."
     known = _finite(frame)
@@ -272,10 +274,12 @@ def score_strip(
     points = alt.Chart(data[has].assign(score=_short(data['score'][has]))).mark_circle(size=18, opacity=.7)
     points = points.encode(_row_axis(), _score_axis(statistic), _sides(), tooltip=['row:Q', 'score:Q', 'side:N'])
     crosses = [_unscored(data.loc[~has, ['row']])]*bool(bare)
+    at = strip_rows(frame.iloc[list(picked)]).dropna()
+    rings = [alt.Chart(at).mark_point(filled=False, size=120, color=NOTE, strokeWidth=2, opacity=1).encode(_row_axis(), _score_axis(statistic))]*bool(len(at))
     line, absent = _cut_line(cut, data['score'][has])
     keep = cut.flags(known['score'])
     said = f'Grey crosses at the foot: {_plural(bare, "row")} without a score' + (f', {int((~has).sum()):,} of them drawn' if (~has).sum() < bare else '')
-    return themed(alt.layer(points, *crosses, *line), cut_sentence(frame, cut), _sampled(thin_out(keep, most), keep), said if bare else '', absent)
+    return themed(alt.layer(points, *crosses, *rings, *line), cut_sentence(frame, cut), _sampled(thin_out(keep, most), keep), said if bare else '', absent)
 
 # %% ../nbs/14_charts.ipynb #63964486
 def _rank_correlation(a, b):

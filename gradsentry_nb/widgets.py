@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import anywidget, ipywidgets as W, numpy as np, pandas as pd, traitlets as T
 
-from .board import COLUMNS, METHODS, NUMBERS, SHOWN, Board, LiveScan, later
+from .board import COLUMNS, METHODS, NUMBERS, SHOWN, Board, LiveScan, foreground, later
 from .charts import FAR, OTHERS, TITLES, chart_png, chart_svg, data_update, histogram_bins, live_against, live_histogram, live_map, live_strip
 from .charts import sample_map, scatter_rows, score_against, score_by_length, score_histogram, score_strip, spectra, strip_rows
 from .core import Cut, DataError, GradSentryError, Scores, SettingError, Verdict, choose, visible
@@ -93,7 +93,7 @@ def _by_us(widget):
 class PlainTable:
     "The page of a table as a list of core ipywidgets: for front ends without custom widgets."
     def __init__(self, opened):
-        self.list = W.Select(options=[], rows=12, layout=W.Layout(width='100%'))
+        self.list = W.Select(options=[], rows=12, layout=W.Layout(width='100%')); self.list.add_class('gs-list')
         self.widget, self.opened, self.ids, self.busy = self.list, opened, [], False
         self.list.observe(lambda c: None if self.busy or c['new'] is None else opened([self.ids[c['new']]]), 'index')
     def show(self, rows, board):
@@ -138,7 +138,7 @@ class LiveChart:
     def send(self, name, frame): self.sent[name] = self.widget._py_to_js_updates = data_update(name, frame)
     def cut(self, cut): self.at = self.widget.params.cut = FAR if cut.value is None else float(cut.value)
 
-# %% ../nbs/50_widgets.ipynb #e11ce252
+# %% ../nbs/50_widgets.ipynb #43b29ba7
 def _listen(self):
     "Follow the chart's brush and its arrivals on a screen; another chart has other ones."
     self.widget.params.shown = 1
@@ -159,7 +159,7 @@ def _again(self):
 
 LiveChart.listen, LiveChart.brushed, LiveChart.shown, LiveChart.again = _listen, _brushed, _shown, _again
 
-# %% ../nbs/50_widgets.ipynb #c193521c
+# %% ../nbs/50_widgets.ipynb #217bdc68
 class Panel:
     "One tab of pictures; a kind says how it draws."
     title, every = '', 0.   # on the tab; least seconds between two drawings while a scan runs
@@ -208,7 +208,7 @@ def panel(*renderers):
         return kind
     return add
 
-# %% ../nbs/50_widgets.ipynb #c486e2bf
+# %% ../nbs/50_widgets.ipynb #d5fdd5c1
 @panel('live')
 class LiveScores(Panel):
     "Histogram and strip."
@@ -237,9 +237,10 @@ class LiveScores(Panel):
 @panel('plain')
 class PlainScores(Panel):
     title, every = 'scores', 1.
-    def charts(self): b = self.board; return score_histogram(b.frame, b.cut, b.label), score_strip(b.frame, b.cut, b.label)
+    def charts(self): b = self.board; return score_histogram(b.frame, b.cut, b.label), score_strip(b.frame, b.cut, b.label, picked=[b.at[i] for i in b.selected[:300]])
+    pick = Panel.cut
 
-# %% ../nbs/50_widgets.ipynb #5e3c4b1a
+# %% ../nbs/50_widgets.ipynb #ad20d373
 class Against(Panel):
     "The score over a number of the reader's choice."
     title, every = 'trivial detectors', 1.
@@ -293,7 +294,7 @@ class LiveAgainst(Against, Scatter):
         b, c = self.board, self.column.value
         self.plot(b.frame, c, 'score', lambda rows, said: live_against(rows, c, b.label, b.cut, said, k=b.k, width=WIDTH), (c,))
 
-# %% ../nbs/50_widgets.ipynb #8062685c
+# %% ../nbs/50_widgets.ipynb #7c1e59b2
 @panel('live', 'plain')
 class Spectra(Panel):
     "Singular values of a few rows."
@@ -434,6 +435,7 @@ def _build(self, out):
     self.near = W.HTML()
     self.extra = W.VBox([])
     self.widget = W.VBox([self.head, self.extra, *top, self.pictures.widget, *rows, self.status, self.detail, _beside(*near), self.near, files], layout=W.Layout(width='100%'))
+    if self.how == 'plain': self.widget.children += W.HTML(f'<style>.gs-static-{self.name}{{display:none}} .gs-list select{{font-family:ui-monospace,monospace;overflow-x:auto}}</style>', layout=W.Layout(display='none')),
 
 View.controls, View.rows_part, View.build = _controls, _rows_part, _build
 
@@ -441,6 +443,7 @@ View.controls, View.rows_part, View.build = _controls, _rows_part, _build
 def _counted(self):
     "What the cut does, in numbers; with the truth in hand also how good it is."
     b, n = self.board, int(self.board.flagged.sum())
+    if b.cut.method == 'uncut': return ''
     text = f'<b>{n:,}</b> of {len(b.frame):,} rows above the cut ({n/max(1, len(b.frame)):.1%})'
     if self.judge is not None:
         e = self.judge(Verdict(Scores(b.frame, b.info), b.cut))
@@ -462,7 +465,9 @@ def _show_cut(self):
     self.pictures.cut(); self.tell()
 
 def _tell(self):
-    self.head.value = f'<div style="max-width:70em"><b>{"Drop" if self.board.cut.separated else "No separation:"}</b> {html.escape(visible(self.board.cut.reason))}</div>'
+    cut = self.board.cut
+    word = '' if cut.method == 'uncut' else 'Drop' if cut.separated else 'No separation:'
+    self.head.value = f'<div style="max-width:70em"><b>{word}</b> {html.escape(visible(cut.reason))}</div>'
     self.counts.value = self.counted()
 
 # %% ../nbs/50_widgets.ipynb #3e50bd12
@@ -634,7 +639,7 @@ def static_html(
 
 def _snap(self, after=1.):
     "Bring the plain copy up to date, a moment after the last change."
-    if self.handle is None: return
+    if self.handle is None or foreground() and after: return       # there: only at the end of a scan
     from IPython.display import HTML
     self.timer = later(lambda: self.handle.update(HTML(self.static_html())), after, self.timer)
 
@@ -722,7 +727,8 @@ def _on_rows(self, live):
         for i, why in live.problems.items(): b.frame.at[i, 'problem'] = why
         self.rescore()
         self.bar.value, self.progress.value = len(live.scan), html.escape(self.far(live))
-        self.go.disabled, self.hold.disabled, self.end.disabled = live.state == 'running', live.state != 'running', live.state not in ('running', 'paused')
+        self.go.disabled, self.hold.disabled, self.end.disabled = live.state == 'running', live.state != 'running' or foreground(), live.state not in ('running', 'paused') or foreground()
+        if foreground() and live.state == 'running': self.progress.value += '; interrupt the cell to stop, what is done stays'
         self.go.description = 'resume' if live.state == 'paused' else 'start'
         if ended: return self.finish(live)
         self.pictures.draw(force=False)
@@ -774,6 +780,13 @@ def _on_end(self, _): self.live.stop()
 
 Dashboard.on_go, Dashboard.on_hold, Dashboard.on_end = _on_go, _on_hold, _on_end
 
+def _show_and_scan(self):
+    "Show the widgets; where a scan must run in the cell, it begins now."
+    _display(self)
+    if self.begin: self.begin = False; self.live.start()
+
+Dashboard.begin, Dashboard._ipython_display_ = False, _show_and_scan
+
 def dashboard(
     sentry,                 # a `Sentry`
     samples,                # `Samples`, or anything that `load_samples` reads
@@ -784,5 +797,6 @@ def dashboard(
 )->Dashboard:
     "Watch a scan, and go on with its verdict; a dashboard of the same model that is still scanning is stopped."
     d = Dashboard(sentry, as_samples(samples), judge_by(truth), renderer, known_clean)
-    if start: d.live.start()
+    if start and foreground(): d.begin = True
+    elif start: d.live.start()
     return d

@@ -1,6 +1,10 @@
 """What every test may lean on: the checkout, a throwaway copy of it, and the data beside the project."""
+import hashlib
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -34,3 +38,18 @@ def shared():
     path = Path(os.environ.get('GRADSENTRY_SHARED', ROOT.parent/'shared'))
     if not (path/'data').is_dir(): pytest.skip('needs the data folder beside the project (or GRADSENTRY_SHARED)')
     return path
+
+
+@pytest.fixture(scope='session')
+def colab():
+    "The environment variables of a process that is to have Colab's versions; they are installed once, beside the others."
+    wanted = ROOT/'tests'/'colab.txt'
+    folder = Path(sys.prefix)/f'colab-{hashlib.sha256(wanted.read_bytes()).hexdigest()[:12]}'
+    if not folder.is_dir():
+        new = tempfile.mkdtemp(dir=sys.prefix)
+        done = subprocess.run([sys.executable, '-m', 'pip', 'install', '-qq', '--no-deps', '--target', new, '-r', wanted], capture_output=True, text=True)
+        if done.returncode:
+            shutil.rmtree(new)
+            pytest.skip(f"Colab's versions could not be installed: {done.stderr.strip()[-300:]}")
+        os.rename(new, folder)
+    return dict(PYTHONPATH=os.pathsep.join([str(folder), str(ROOT)]), JUPYTER_PATH=str(folder/'share'/'jupyter'))

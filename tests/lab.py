@@ -1,4 +1,4 @@
-"A JupyterLab server and headless Chromium, for tests that need to see what a person sees."
+"A JupyterLab or Notebook 7 server and headless Chromium, for tests that need to see what a person sees."
 import json
 import os
 import shutil
@@ -28,16 +28,19 @@ def notebook(*cells): return json.dumps(dict(cells=[dict(cell_type='code', execu
                                              metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), nbformat=4, nbformat_minor=5))
 
 
+APPS = {'jupyterlab': ('LabApp', '/doc/tree/'), 'notebook': ('JupyterNotebookApp', '/notebooks/')}   # module -> (its settings, where a notebook opens)
+
+
 @contextmanager
-def server(folder):
-    "A JupyterLab over `folder`; yields its address."
+def server(folder, app='jupyterlab', **more):
+    "A server of `APPS` over `folder`, with `more` in its environment; yields its address."
     port, hidden = free_port(), folder/'.jupyter'
     (hidden/'labconfig').mkdir(parents=True)
     (hidden/'labconfig/page_config.json').write_text('{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}')
-    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', **{f'JUPYTER_{k}_DIR': str(hidden if k == 'CONFIG' else hidden/k) for k in ('CONFIG', 'DATA', 'RUNTIME')}}
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), **more, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', **{f'JUPYTER_{k}_DIR': str(hidden if k == 'CONFIG' else hidden/k) for k in ('CONFIG', 'DATA', 'RUNTIME')}}
     log = open(folder/'lab.log', 'w')
-    p = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--allow-root', '--IdentityProvider.token=tok', f'--ServerApp.root_dir={folder}',
-                          '--LabApp.expose_app_in_browser=True'], env=env, stdout=log, stderr=log, cwd=folder)
+    p = subprocess.Popen([sys.executable, '-m', app, '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--allow-root', '--IdentityProvider.token=tok', f'--ServerApp.root_dir={folder}',
+                          f'--{APPS[app][0]}.expose_app_in_browser=True'], env=env, stdout=log, stderr=log, cwd=folder)
     url = f'http://127.0.0.1:{port}'
     try:
         for _ in range(240):
@@ -50,15 +53,15 @@ def server(folder):
 
 class Lab:
     "A page of Chromium with a notebook; `errors` collects page errors and requests to other hosts."
-    def __init__(self, context, url):
-        self.context, self.url, self.errors = context, url, []
+    def __init__(self, context, url, app='jupyterlab'):
+        self.context, self.url, self.at, self.errors = context, url, APPS[app][1], []
         self.page = context.new_page()
         self.page.on('pageerror', lambda e: self.errors.append(str(e)))
         self.page.on('request', lambda r: None if r.url.startswith((url, 'data:', 'blob:', url.replace('http', 'ws'))) else self.errors.append(f'asked {r.url}'))
         self.page.on('dialog', lambda d: (self.errors.append(f'dialog {d.message}'), d.dismiss()))
 
     def open(self, name, run=True):
-        self.page.goto(f'{self.url}/doc/tree/{name}?token=tok&reset')
+        self.page.goto(f'{self.url}{self.at}{name}?token=tok&reset')
         self.page.wait_for_selector('.jp-Notebook .jp-Cell', timeout=60_000)
         if run: self.page.evaluate(RUN_ALL)
         return self
@@ -77,11 +80,11 @@ class Lab:
 
 
 @contextmanager
-def browser(folder, url, width=1366, height=900, dark=False):
+def browser(folder, url, width=1366, height=900, dark=False, app='jupyterlab'):
     "Chromium with a profile of its own."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         context = p.chromium.launch_persistent_context(str(folder/f'profile{width}{dark}'), executable_path=CHROMIUM, headless=True, args=FLAGS,
                                                        viewport=dict(width=width, height=height), color_scheme='dark' if dark else 'light')
-        try: yield Lab(context, url)
+        try: yield Lab(context, url, app)
         finally: context.close()

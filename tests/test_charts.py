@@ -145,7 +145,8 @@ def test_other_columns_may_be_odd(draw):
 
 def test_frames_of_any_index_are_drawn_alike():
     f = frame(60); g = f.set_index(pd.Index([7]*60))
-    for name, draw in PER_ROW.items(): assert draw(f, MID).to_dict() == draw(g, MID).to_dict(), name
+    numbered = lambda chart: re.sub(r'view_\d+', 'view', json.dumps(chart.to_dict()))     # Altair 5 counts views over charts
+    for name, draw in PER_ROW.items(): assert numbered(draw(f, MID)) == numbered(draw(g, MID)), name
 
 
 def test_a_chart_changes_nothing():
