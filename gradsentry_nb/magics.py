@@ -468,7 +468,7 @@ def _gs_scan(g, a):
     if a.source is None: raise SettingError(f'What is to be scanned? %gs_scan SOURCE: {SOURCE}.')
     sentry = sentry_for(g, a, _embedded(g, a.source), cut=True)
     rows, known = rows_of(g, a.source, a), rows_of(g, a.known_clean) if a.known_clean else None
-    inputs = [p for p in (rows.path, getattr(known, 'path', None)) if p]
+    inputs = rows.path, getattr(known, 'path', None)
     if a.out: check_out(a.out, inputs)
     with _stoppable(g): verdict = sentry.filter(rows, known, progress=g.progress and not a.quiet)
     _remember(g, verdict, sentry, rows)
