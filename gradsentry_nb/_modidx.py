@@ -365,6 +365,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                        'gradsentry_nb.capture._groups': ('capture.html#_groups', 'gradsentry_nb/capture.py'),
                                        'gradsentry_nb.capture._hidden': ('capture.html#_hidden', 'gradsentry_nb/capture.py'),
                                        'gradsentry_nb.capture._long': ('capture.html#_long', 'gradsentry_nb/capture.py'),
+                                       'gradsentry_nb.capture._own_pass': ('capture.html#_own_pass', 'gradsentry_nb/capture.py'),
                                        'gradsentry_nb.capture._plan': ('capture.html#_plan', 'gradsentry_nb/capture.py'),
                                        'gradsentry_nb.capture._power': ('capture.html#_power', 'gradsentry_nb/capture.py'),
                                        'gradsentry_nb.capture._why_no_layer': ('capture.html#_why_no_layer', 'gradsentry_nb/capture.py'),

@@ -11,7 +11,7 @@ __all__ = ['row_root', 'GradFactors', 'inner', 'text_config', 'positions', 'chec
            'layer_factors']
 
 # %% ../nbs/10_capture.ipynb #f2b65a05
-import copy, re, weakref
+import copy, re, threading, weakref
 from contextlib import contextmanager, ExitStack
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -147,6 +147,11 @@ def evaluating(
         if not entry[0]:
             for m in _evaluating.pop(model)[1]: m.training = True
 
+def _own_pass(hook):
+    "A hook that passes over what other threads run through the model: a live view scans while a cell asks about a row."
+    mine = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident() == mine else None
+
 @contextmanager
 def head_input(
     head:nn.Module,   # the output projection
@@ -158,7 +163,7 @@ def head_input(
         one = h[h.float().norm(dim=1).nan_to_num(0, 0, 0).argmax()][None]
         caught.extend((args[0], one))
         return (one[None], *args[1:])
-    handle = head.register_forward_pre_hook(hook)
+    handle = head.register_forward_pre_hook(_own_pass(hook))
     try: yield caught
     finally: handle.remove()
 
@@ -483,7 +488,7 @@ def dense_gradient(
         nonlocal delta
         delta = torch.zeros(out.shape[-1], args[0].shape[-1], dtype=out.dtype, device=out.device, requires_grad=True)
         return out+F.linear(args[0], delta)
-    handle = (head if layer is None else find_layer(model, layer)[1]).register_forward_hook(hook, prepend=True)
+    handle = (head if layer is None else find_layer(model, layer)[1]).register_forward_hook(_own_pass(hook), prepend=True)
     try:
         with evaluating(model), torch.enable_grad(), ExitStack() as last:
             relax(model, head); last.callback(relax, model, head)
@@ -505,7 +510,7 @@ def leaf_at(
         x, = (*args, *kwargs.values())
         caught.extend((x.detach().clone(), out.detach().requires_grad_()))  # cloned: what follows may work in place
         return caught[1].clone()
-    handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+    handle = module.register_forward_hook(_own_pass(hook), with_kwargs=True, prepend=True)
     try: yield caught
     finally: handle.remove()
 
@@ -533,7 +538,7 @@ def only_at(
     def hook(module, args):
         check_positions(model, args[0], ids)
         return (args[0][rows.to(args[0].device), at.to(args[0].device)][None], *args[1:])
-    handle = head_of(model).register_forward_pre_hook(hook)
+    handle = head_of(model).register_forward_pre_hook(_own_pass(hook))
     try: yield
     finally: handle.remove()
 

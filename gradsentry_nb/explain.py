@@ -248,7 +248,7 @@ def explain_row(
     return RowExplanation(sample, tokens, s.double().cpu().numpy(), sentry.settings.statistic, stats, about, text, notes)
 
 # %% ../nbs/15_explain.ipynb #20d2fb21
-_MONO = 'font:13px/1.7 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate'
+_MONO = 'font:13px/1.7 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;overflow:hidden'
 
 def _shown(text): return html.escape(visible(text)).replace('⏎', '⏎\n')
 
@@ -272,10 +272,10 @@ def _spectrum_bars(s, most=16):
 
 # %% ../nbs/15_explain.ipynb #4e58d91a
 def _text_html(x):
-    "Prompt tail and response, or conversation, with supervised tokens shaded."
+    "Both ends of the prompt and the response, or the conversation, with supervised tokens shaded."
     rows = x.tokens[(x.tokens.stop > x.tokens.start) | (x.tokens.special != '')]
     top, at, out = max(x.tokens.contribution.max(), 1. if x.statistic == 'log_volume' and x.about != IN_A_LAYER else 1e-12), 0, []
-    if x.sample.messages is None: out.append(_soft(x.sample.prompt[-400:]))
+    if x.sample.messages is None: out.append(_soft(x.sample.prompt))
     for t in _with_bytes(x.tokens).itertuples():
         if t.start > at: out.append(_soft(x.text[at:t.start]))
         out.append(_shaded(t, top)); at = t.stop
@@ -660,7 +660,8 @@ VerdictExplanation.sentence = _sentence
 # %% ../nbs/15_explain.ipynb #7f50e6ee
 def _explanation_html(self):
     "The sentence and the three tables; candidates hold nothing invisible, and all is escaped."
-    show = lambda name, t: f'<p style="margin:10px 0 2px"><b>{name}</b></p>'+t.to_html(index=False, escape=True, float_format='%.3g', border=0) if len(t) else ''
+    whole = lambda table: re.sub(r'<td>(?=[\d.]+e-\d+</td>)', '<td style="white-space:nowrap">', table)      # 1.6e-104 on one line
+    show = lambda name, t: f'<p style="margin:10px 0 2px"><b>{name}</b></p>'+whole(t.to_html(index=False, escape=True, float_format='%.3g', border=0)) if len(t) else ''
     tables = show('Triggers', self.triggers), show('Payloads', self.payloads), show('Pairs', self.pairs.head(10))
     return f'<div><p>{html.escape(self.sentence())}</p><div style="overflow-x:auto;unicode-bidi:isolate">{"".join(tables)}</div></div>'
 
