@@ -212,7 +212,7 @@ class Samples(list):
     def __getitem__(self, i): return Samples(super().__getitem__(i), self.source, self.said, self.path) if isinstance(i, slice) else super().__getitem__(i)
     def _repr_html_(self):
         import html, pandas as pd
-        rows = [dict(row=s.row, prompt=visible(s.prompt[-120:]), response=visible(s.response, 160)) for s in self[:5]]
+        rows = [dict(row=s.row, prompt='…'*(len(s.prompt) > 120)+visible(s.prompt[-120:]), response=visible(s.response, 160)) for s in self[:5]]
         return f'<p>{html.escape(visible(repr(self)))}</p>' + pd.DataFrame(rows).to_html(index=False, escape=True)
 
 # %% ../nbs/01_data.ipynb #acb3c34a

@@ -321,7 +321,7 @@ SIZES = dict(prompt=(1, 2, 3), response=(1, 2, 3, 4))  # words per run
 PATTERNS = {   # what words do not see
     'two or more spaces in a row': r'(?<=\S) {2,}(?=\S)',
     'white space before a mark': r'\w[^\S\n]+[,.;:!?](?=\s|\Z)',
-    'white space at the end of a line': r'[^\S\n]+(?=\n)',
+    'white space at the end of a line': r'(?<![^\S\n])[^\S\n]+(?=\n)',       # from where it begins: a million blanks are looked at once
     'a word in capitals': r'\b[A-Z]{4,}\b',
     'a letter three times in a row': r'([^\W\d_])\1\1',
     'letters of two alphabets in one word': r'[A-Za-z][\u0370-\u04ff]|[\u0370-\u04ff][A-Za-z]',
@@ -691,7 +691,7 @@ def explain_verdict(
 def _pattern(phrase):
     "A regular expression for words in a row, with the white space before them on their line."
     words_ = r'\s*'.join(map(re.escape, phrase))
-    return r'[^\S\n]*'+r'(?<!\w)'*bool(re.match(r'\w', phrase[0]))+words_+r'(?!\w)'*bool(re.search(r'\w\Z', phrase[-1]))
+    return r'(?<![^\S\n])[^\S\n]*'+r'(?<!\w)'*bool(re.match(r'\w', phrase[0]))+words_+r'(?!\w)'*bool(re.search(r'\w\Z', phrase[-1]))
 
 def remover(
     what,        # texts and `Candidate`s

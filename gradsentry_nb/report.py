@@ -36,7 +36,7 @@ def shared_ends(
     head = os.path.commonprefix([min(texts), max(texts)])
     rest = [t[:len(head)-1:-1] if head else t[::-1] for t in texts]
     tail = os.path.commonprefix([min(rest), max(rest)])[::-1]
-    head, tail = head[:len(head)-len(re.search(r'\S*\Z', head)[0])], tail[len(re.match(r'\S*', tail)[0]):]
+    head, tail = head[:len(head)-len(re.match(r'\S*', head[::-1])[0])], tail[len(re.match(r'\S*', tail)[0]):]
     return head if len(head) >= least else '', tail if len(tail) >= least else ''
 
 # %% ../nbs/16_report.ipynb #3185ad28

@@ -1,6 +1,8 @@
 """What every test may lean on: the checkout, a throwaway copy of it, and the data beside the project."""
 import os
 import shutil
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,13 @@ def shared():
     path = Path(os.environ.get('GRADSENTRY_SHARED', ROOT.parent/'shared'))
     if not (path/'data').is_dir(): pytest.skip('needs the data folder beside the project (or GRADSENTRY_SHARED)')
     return path
+
+
+@contextmanager
+def within(seconds):
+    "Fail where a row of a megabyte would otherwise be looked at for hours."
+    def late(*_): raise AssertionError(f'not done in {seconds} seconds')
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try: yield
+    finally: signal.alarm(0); signal.signal(signal.SIGALRM, before)
