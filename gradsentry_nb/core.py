@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GradSentryError', 'DataError', 'ModelError', 'SettingError', 'choose', 'optional', 'ticking', 'Sample',
-           'content_hash', 'Encoded', 'seed_for', 'visible', 'Scores', 'save_scores', 'load_scores', 'Detector', 'Cut',
-           'Verdict', 'verdict_to_json', 'verdict_from_json']
+           'content_hash', 'Encoded', 'seed_for', 'visible', 'clip_middle', 'Scores', 'save_scores', 'load_scores',
+           'Detector', 'Cut', 'Verdict', 'verdict_to_json', 'verdict_from_json']
 
 # %% ../nbs/00_core.ipynb #fb3bcba1
 import hashlib, json, re
@@ -126,6 +126,13 @@ def visible(
     "`text` with control, bidirectional, zero-width, private-use and surrogate characters shown as `‹U+....›`."
     out = _HIDDEN.sub(_mark, str(text))
     return out if not width or len(out) <= width else out[:width-1]+'…'
+
+def clip_middle(
+    text:str,        # any text
+    most:int=200,    # longest result, about
+)->str:              # its beginning and its end
+    "`text` without its middle when it is too long; two thirds of what is left are the end."
+    return text if len(text) <= most else f'{text[:most//3]} … {text[len(text)-most*2//3:]}'
 
 # %% ../nbs/00_core.ipynb #dbe5dc79
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from .core import DataError, GradSentryError, Scores, SettingError, Verdict, choose, content_hash, seed_for, visible
+from .core import DataError, GradSentryError, Scores, SettingError, Verdict, choose, content_hash, seed_for, visible, _plain
 from .data import Samples, fingerprint
 from .attacks.triggers import ATTACKS, PAYLOADS, Truth, poison, triggered
 from .baselines.text import DETECTORS
@@ -369,10 +369,6 @@ def _write(path, data):
     "Write JSON whole or not at all."
     tmp = path.with_suffix(f'.{os.getpid()}.tmp')
     tmp.write_text(json.dumps(data, indent=1, default=str), encoding='utf8'); os.replace(tmp, path)
-
-def _plain(x):
-    if isinstance(x, np.generic): x = x.item()
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 def check_manifest(
     out:Path,         # the folder

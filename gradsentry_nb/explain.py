@@ -7,8 +7,8 @@ __all__ = ['CONTRIBUTIONS', 'EXACT', 'IN_A_LAYER', 'LEAST', 'LEVEL', 'SIZES', 'P
            'piece_spans', 'supervised_spans', 'contribution', 'best_windows', 'left_out', 'RowExplanation',
            'explain_row', 'row_html', 'page_html', 'odd_parts', 'Features', 'text_features', 'Candidate', 'tail_p',
            'stands_out', 'over_represented', 'word_pairs', 'grown', 'explained', 'candidates', 'VerdictExplanation',
-           'check_rows', 'explain_verdict', 'remover', 'without_piece', 'causal_check', 'Sketcher', 'GradientMap',
-           'layout', 'gradient_map']
+           'explain_verdict', 'remover', 'without_piece', 'causal_check', 'Sketcher', 'GradientMap', 'layout',
+           'gradient_map']
 
 # %% ../nbs/15_explain.ipynb #03aee5dd
 import html, math, re
@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import numpy as np, pandas as pd
 from scipy.stats import hypergeom
 
-from .core import DataError, Sample, SettingError, choose, optional, seed_for, ticking, visible
-from .data import EMPTY, Samples, as_samples, chat_parts, chat_spans, _clean, _tokenise
+from .core import DataError, Sample, SettingError, choose, clip_middle, optional, seed_for, ticking, visible
+from .data import EMPTY, Samples, as_samples, chat_spans, check_rows, with_turns, _clean, _tokenise
 from .textstats import CJK, grams, log_likelihood_ratio, words, _WORD
 
 # %% ../nbs/15_explain.ipynb #3cdf760c
@@ -235,27 +235,26 @@ def explain_row(
     from gradsentry_nb.sentry import NOT_FINITE
     from gradsentry_nb.spectrum import statistics
     sample = as_samples([sample], 'explain')[0]
-    encoded, where = sentry.encode([sample])[0], f'Row {sample.row} cannot be explained'
-    if not encoded.tokens: raise DataError(f'{where}: {EMPTY[0].lower()}{EMPTY[1:-1]}, so no token is supervised.')
+    encoded, no = sentry.encode([sample])[0], lambda why: DataError(f'Row {sample.row} cannot be explained: {why[0].lower()}{why[1:]}')
+    if not encoded.tokens: raise no(f'{EMPTY[:-1]}, so no token is supervised.')
     found = _row_factors(sentry, encoded)
-    if isinstance(found, str): raise DataError(f'{where}: {found[0].lower()}{found[1:]}')
+    if isinstance(found, str): raise no(found)
     r, s, parts, about = found
     stats = statistics([r], sentry.settings.k, sentry.settings.window)[0]; del stats['svals']      # those of the crop
-    if not math.isfinite(stats['entropy']): raise DataError(f'{where}: {NOT_FINITE[0].lower()}{NOT_FINITE[1:]}')
-    if not math.isfinite(stats[sentry.settings.statistic]): raise DataError(f'{where}: {sentry.settings.statistic} is not defined for a single token.')
+    if not math.isfinite(stats['entropy']): raise no(NOT_FINITE)
+    if not math.isfinite(stats[sentry.settings.statistic]): raise no(f'{sentry.settings.statistic} is not defined for a single token.')
     text, tokens = _token_frame(sentry, sample, encoded, r.loss.double().cpu().numpy(), parts.double().cpu().numpy(), stats)
     notes = ('The row was longer than the limit and was cut; what was cut off is not shaded.',)*encoded.cut
     return RowExplanation(sample, tokens, s.double().cpu().numpy(), sentry.settings.statistic, stats, about, text, notes)
 
 # %% ../nbs/15_explain.ipynb #20d2fb21
-_MONO = 'font:13px/1.7 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate'
+_MONO = 'font:13px/1.7 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;overflow:hidden'
 
 def _shown(text): return html.escape(visible(text)).replace('⏎', '⏎\n')
 
-def _soft(text, most=400):
+def _soft(text):
     "Text that is not supervised, in grey, without its middle when it is long."
-    if len(text) > most: text = f'{text[:most//3]} … {text[len(text)-most*2//3:]}'
-    return f'<span style="opacity:.6">{_shown(text)}</span>' if text else ''
+    return f'<span style="opacity:.6">{_shown(clip_middle(text, 400))}</span>' if text else ''
 
 # %% ../nbs/15_explain.ipynb #770cdf54
 def _shaded(t, top):
@@ -273,10 +272,10 @@ def _spectrum_bars(s, most=16):
 
 # %% ../nbs/15_explain.ipynb #4e58d91a
 def _text_html(x):
-    "Prompt tail and response, or conversation, with supervised tokens shaded."
+    "Both ends of the prompt and the response, or the conversation, with supervised tokens shaded."
     rows = x.tokens[(x.tokens.stop > x.tokens.start) | (x.tokens.special != '')]
     top, at, out = max(x.tokens.contribution.max(), 1. if x.statistic == 'log_volume' and x.about != IN_A_LAYER else 1e-12), 0, []
-    if x.sample.messages is None: out.append(_soft(x.sample.prompt[-400:], 400))
+    if x.sample.messages is None: out.append(_soft(x.sample.prompt))
     for t in _with_bytes(x.tokens).itertuples():
         if t.start > at: out.append(_soft(x.text[at:t.start]))
         out.append(_shaded(t, top)); at = t.stop
@@ -322,7 +321,7 @@ SIZES = dict(prompt=(1, 2, 3), response=(1, 2, 3, 4))  # words per run
 PATTERNS = {   # what words do not see
     'two or more spaces in a row': r'(?<=\S) {2,}(?=\S)',
     'white space before a mark': r'\w[^\S\n]+[,.;:!?](?=\s|\Z)',
-    'white space at the end of a line': r'[^\S\n]+(?=\n)',
+    'white space at the end of a line': r'(?<![^\S\n])[^\S\n]+(?=\n)',       # from where it begins: a million blanks are looked at once
     'a word in capitals': r'\b[A-Z]{4,}\b',
     'a letter three times in a row': r'([^\W\d_])\1\1',
     'letters of two alphabets in one word': r'[A-Za-z][\u0370-\u04ff]|[\u0370-\u04ff][A-Za-z]',
@@ -570,8 +569,7 @@ def explained(
     if not odd and not _words_of(c) & _words_of(by): return False
     mask = np.ones(len(inside), bool); mask[by.rows] = False
     rest = c.rows[mask[c.rows]]
-    left = np.cumsum(mask)-1
-    return bool(tail_p(int(inside[rest].sum()), len(rest), inside[mask])*tried*FAMILIES > level) if len(rest) and len(left) else True
+    return not len(rest) or bool(tail_p(int(inside[rest].sum()), len(rest), inside[mask])*tried*FAMILIES > level)
 
 # %% ../nbs/15_explain.ipynb #42ddadf5
 def candidates(
@@ -638,7 +636,7 @@ class VerdictExplanation:
     def __repr__(self): return f'VerdictExplanation: {self.sentence()}'
 
 # %% ../nbs/15_explain.ipynb #0ef7b925
-def _said(c, kept):
+def _said(c):
     "A candidate with its counts."
     quoted = c.text if c.kind in ('pattern', 'character') else f'“{c.text}”'
     return f'{quoted} ({c.inside:,} dropped, {c.elsewhere:,} kept)'
@@ -649,7 +647,7 @@ def _sentence(self, most=6):
     if not n: return 'Nothing was dropped, so there is nothing to explain: nothing stands out.'
     if not self.kept: return f'All {n:,} rows were dropped, so there is nothing to compare them with.'
     parts = [(what, self.top(side)) for what, side in (('the answers share', 'payloads'), ('the prompts share', 'triggers'))]
-    said = [f'{what} {", ".join(_said(c, self.kept) for c in cs[:most])}'+f' and {len(cs)-most} more'*(len(cs) > most) for what, cs in parts if cs]
+    said = [f'{what} {", ".join(_said(c) for c in cs[:most])}'+f' and {len(cs)-most} more'*(len(cs) > most) for what, cs in parts if cs]
     if not said: return f'Nothing stands out: of {self.tried:,} words, phrases and patterns tried, none belongs to the {of} apart from chance and habit.'
     worst, best = max(c.p for _, cs in parts for c in cs[:most]), max(c.inside for _, cs in parts for c in cs)
     first = f'Of {of}' if best >= .5*n else f'Nothing is common to most of the {n:,} dropped rows ({self.kept:,} were kept), but some share a phrase'
@@ -662,23 +660,13 @@ VerdictExplanation.sentence = _sentence
 # %% ../nbs/15_explain.ipynb #7f50e6ee
 def _explanation_html(self):
     "The sentence and the three tables; candidates hold nothing invisible, and all is escaped."
-    show = lambda name, t: f'<p style="margin:10px 0 2px"><b>{name}</b></p>'+t.to_html(index=False, escape=True, float_format='%.3g', border=0) if len(t) else ''
+    whole = lambda table: re.sub(r'<td>(?=[\d.]+e-\d+</td>)', '<td style="white-space:nowrap">', table)      # 1.6e-104 on one line
+    show = lambda name, t: f'<p style="margin:10px 0 2px"><b>{name}</b></p>'+whole(t.to_html(index=False, escape=True, float_format='%.3g', border=0)) if len(t) else ''
     tables = show('Triggers', self.triggers), show('Payloads', self.payloads), show('Pairs', self.pairs.head(10))
     return f'<div><p>{html.escape(self.sentence())}</p><div style="overflow-x:auto;unicode-bidi:isolate">{"".join(tables)}</div></div>'
 
 VerdictExplanation._repr_html_ = _explanation_html
 VerdictExplanation.to_html = lambda self: page_html('What the dropped rows share', _explanation_html(self))
-
-# %% ../nbs/15_explain.ipynb #15dd311b
-def check_rows(
-    verdict,         # a `Verdict`
-    samples,         # what it should be about
-)->Samples:
-    "The samples, when the verdict is about them in this order."
-    samples = as_samples(samples, 'explain')
-    if verdict.scores.frame['id'].tolist() != [s.id for s in samples]:
-        raise DataError(f'This verdict is about {len(verdict.scores):,} other rows: give the samples that were scored, in the same order.')
-    return samples
 
 # %% ../nbs/15_explain.ipynb #1f5509f3
 def explain_verdict(
@@ -688,7 +676,7 @@ def explain_verdict(
 )->VerdictExplanation:
     "Candidate triggers and payloads: what is over-represented in the dropped rows, in prompts, answers and both."
     if not 0 < level < 1: raise SettingError(f'level= is a probability between 0 and 1, for instance {LEVEL}, not {level!r}.')
-    samples, inside = check_rows(verdict, samples), np.asarray(verdict.flagged, bool)
+    samples, inside = check_rows(verdict, as_samples(samples, 'explain')), np.asarray(verdict.flagged, bool)
     row, n = [s.row for s in samples], int(inside.sum())
     if not 0 < n < len(inside): return VerdictExplanation(*(_table([], inside, row, level) for _ in range(2)), _pair_table([], [], inside, row, 0, level),
                                                           dict(triggers=[], payloads=[]), n, len(inside)-n, 0, level)
@@ -703,7 +691,7 @@ def explain_verdict(
 def _pattern(phrase):
     "A regular expression for words in a row, with the white space before them on their line."
     words_ = r'\s*'.join(map(re.escape, phrase))
-    return r'[^\S\n]*'+r'(?<!\w)'*bool(re.match(r'\w', phrase[0]))+words_+r'(?!\w)'*bool(re.search(r'\w\Z', phrase[-1]))
+    return r'(?<![^\S\n])[^\S\n]*'+r'(?<!\w)'*bool(re.match(r'\w', phrase[0]))+words_+r'(?!\w)'*bool(re.search(r'\w\Z', phrase[-1]))
 
 def remover(
     what,        # texts and `Candidate`s
@@ -736,9 +724,7 @@ def without_piece(
 def _edited(sample, side, edit):
     "A sample with one side's text changed, in a conversation turn by turn; None if nothing changed."
     if sample.messages is None: new = replace(sample, **{side: edit(getattr(sample, side))})
-    else:
-        turns = tuple({**t, 'content': edit(t['content'])} if (t['role'] == 'assistant') == (side == 'response') else t for t in sample.messages)
-        new = replace(sample, messages=turns, **dict(zip(('prompt', 'response'), chat_parts(turns))))
+    else: new = with_turns(sample, {i: edit(t['content']) for i, t in enumerate(sample.messages) if (t['role'] == 'assistant') == (side == 'response')})
     return None if (new.prompt, new.response) == (sample.prompt, sample.response) else new
 
 def _chosen(given, found):
@@ -786,7 +772,7 @@ def causal_check(
     seed:int=0,           # of the rows and of the control's pieces
 )->pd.DataFrame:          # `removed`, `rows`, `unscored`, median `before`, `after` and `change`, `below` (share at or below the cut)
     "Score dropped rows again without the candidate, and without a random piece of as many words."
-    samples = check_rows(verdict, samples); _check_sentry(sentry, verdict)
+    samples = check_rows(verdict, as_samples(samples, 'explain')); _check_sentry(sentry, verdict)
     if not isinstance(rows, int) or rows < 1: raise SettingError(f'rows= is a number of rows from 1 on, not {rows!r}.')
     why = explain_verdict(verdict, samples) if payload is None or trigger is None else None
     todo = dict(response=_chosen(payload, why.top('payloads')[:1] if why else ()), prompt=_chosen(trigger, why.top('triggers') if why else ()))

@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import cleandoc
 from pathlib import Path
+from textwrap import fill
 from weakref import WeakKeyDictionary
 
 from traitlets import Bool, Float, Int, TraitError, Unicode, Union, validate
@@ -371,7 +373,7 @@ class Magic:
     def sign(self): return f'{"%%" if self.kind == "cell" else "%"}{self.name}'
     def parser(self):
         twins = ''.join(f'\n  {line}\n      {code}\n' for line, code in self.twins.items())
-        about = re.sub(r'(?<=\S)\n +(?=\S)', ' ', self.run.__doc__)
+        about = '\n\n'.join(x if x.startswith('  ') else fill(x, 100) for x in cleandoc(self.run.__doc__).split('\n\n'))
         p = _LineParser(self.sign, description=about, add_help=False, allow_abbrev=False, formatter_class=_wide,
                         epilog=f'in Python (from gradsentry_nb import ...):\n{twins}\nDefaults of the options: %config GradSentry')
         self.arguments(p)
@@ -401,7 +403,7 @@ class _LineParser(argparse.ArgumentParser):
         return self.known[-1]
     def error(self, message):
         from gradsentry_nb.core import SettingError
-        raise SettingError(f'{self.prog}: {message} ({self.prog} --help shows what there is).')
+        raise SettingError(f'{self.prog}: {message} (%{self.prog.lstrip("%")} --help shows what there is).')
     def options(self): return {o: x for x in self.known for o in x.option_strings}
     def check_option(self, word):
         "Refuse an option that is not there, before argparse complains that something else is missing."
@@ -468,7 +470,7 @@ def _gs_scan(g, a):
     if a.source is None: raise SettingError(f'What is to be scanned? %gs_scan SOURCE: {SOURCE}.')
     sentry = sentry_for(g, a, _embedded(g, a.source), cut=True)
     rows, known = rows_of(g, a.source, a), rows_of(g, a.known_clean) if a.known_clean else None
-    inputs = [p for p in (rows.path, getattr(known, 'path', None)) if p]
+    inputs = rows.path, getattr(known, 'path', None)
     if a.out: check_out(a.out, inputs)
     with _stoppable(g): verdict = sentry.filter(rows, known, progress=g.progress and not a.quiet)
     _remember(g, verdict, sentry, rows)
@@ -674,7 +676,8 @@ class ReportPage:
     def __repr__(self): return f'ReportPage({self.title!r}, {len(self.page):,} characters)'
     def _repr_html_(self):
         import html
-        return f'<iframe sandbox title="{html.escape(self.title)}" style="width:100%;height:42em;border:1px solid #8888" srcdoc="{html.escape(self.page)}"></iframe>'
+        return (f'<iframe sandbox title="{html.escape(self.title)}" style="width:100%;height:42em;box-sizing:border-box;border:1px solid #8888" srcdoc="{html.escape(self.page)}"></iframe>'
+                '<p>Nothing was written: %gs_report --out FOLDER writes this report and the files that it speaks of.</p>')
 
 def _report_line(p):
     _verdict_line(p)

@@ -19,8 +19,8 @@ import anywidget, ipywidgets as W, numpy as np, pandas as pd, traitlets as T
 from .board import COLUMNS, METHODS, NUMBERS, SHOWN, Board, LiveScan, foreground, later
 from .charts import FAR, OTHERS, TITLES, chart_png, chart_svg, data_update, histogram_bins, live_against, live_histogram, live_map, live_strip
 from .charts import sample_map, scatter_rows, score_against, score_by_length, score_histogram, score_strip, spectra, strip_rows
-from .core import Cut, DataError, GradSentryError, Scores, SettingError, Verdict, choose, visible
-from .data import Samples, as_samples
+from .core import Cut, GradSentryError, Scores, SettingError, Verdict, choose, visible
+from .data import Samples, as_samples, check_rows
 
 # %% ../nbs/50_widgets.ipynb #083dbb2f
 RENDERERS = {
@@ -138,7 +138,7 @@ class LiveChart:
     def send(self, name, frame): self.sent[name] = self.widget._py_to_js_updates = data_update(name, frame)
     def cut(self, cut): self.at = self.widget.params.cut = FAR if cut.value is None else float(cut.value)
 
-# %% ../nbs/50_widgets.ipynb #43b29ba7
+# %% ../nbs/50_widgets.ipynb #eaabfea7
 def _listen(self):
     "Follow the chart's brush and its arrivals on a screen; another chart has other ones."
     self.widget.params.shown = 1
@@ -159,7 +159,7 @@ def _again(self):
 
 LiveChart.listen, LiveChart.brushed, LiveChart.shown, LiveChart.again = _listen, _brushed, _shown, _again
 
-# %% ../nbs/50_widgets.ipynb #217bdc68
+# %% ../nbs/50_widgets.ipynb #9bc1c2fc
 class Panel:
     "One tab of pictures; a kind says how it draws."
     title, every = '', 0.   # on the tab; least seconds between two drawings while a scan runs
@@ -208,7 +208,7 @@ def panel(*renderers):
         return kind
     return add
 
-# %% ../nbs/50_widgets.ipynb #d5fdd5c1
+# %% ../nbs/50_widgets.ipynb #0d20f8fb
 @panel('live')
 class LiveScores(Panel):
     "Histogram and strip."
@@ -240,7 +240,7 @@ class PlainScores(Panel):
     def charts(self): b = self.board; return score_histogram(b.frame, b.cut, b.label), score_strip(b.frame, b.cut, b.label, picked=[b.at[i] for i in b.selected[:300]])
     pick = Panel.cut
 
-# %% ../nbs/50_widgets.ipynb #ad20d373
+# %% ../nbs/50_widgets.ipynb #88461299
 class Against(Panel):
     "The score over a number of the reader's choice."
     title, every = 'trivial detectors', 1.
@@ -294,7 +294,7 @@ class LiveAgainst(Against, Scatter):
         b, c = self.board, self.column.value
         self.plot(b.frame, c, 'score', lambda rows, said: live_against(rows, c, b.label, b.cut, said, k=b.k, width=WIDTH), (c,))
 
-# %% ../nbs/50_widgets.ipynb #7c1e59b2
+# %% ../nbs/50_widgets.ipynb #2d0ebb24
 @panel('live', 'plain')
 class Spectra(Panel):
     "Singular values of a few rows."
@@ -662,9 +662,7 @@ def view(
 )->View:
     "A verdict to look at, to correct and to take on."
     frame = verdict.scores.frame
-    if samples is not None:
-        samples = as_samples(samples)
-        if [s.id for s in samples] != frame['id'].tolist(): raise DataError('These are not the samples of this verdict: their ids differ; give those that were scanned, in the same order.')
+    if samples is not None: samples = check_rows(verdict, as_samples(samples))
     board = Board(frame, samples, verdict.scores.info, verdict.cut, None if known_clean is None else known_clean.frame, fpr=float((verdict.scores.info.get('settings') or {}).get('fpr', .01)))
     return View(board, sentry, judge_by(truth), renderer)
 

@@ -2,9 +2,11 @@
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,13 @@ def colab():
             pytest.skip(f"Colab's versions could not be installed: {done.stderr.strip()[-300:]}")
         os.rename(new, folder)
     return dict(PYTHONPATH=os.pathsep.join([str(folder), str(ROOT)]), JUPYTER_PATH=str(folder/'share'/'jupyter'))
+
+
+@contextmanager
+def within(seconds):
+    "Fail where a row of a megabyte would otherwise be looked at for hours."
+    def late(*_): raise AssertionError(f'not done in {seconds} seconds')
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try: yield
+    finally: signal.alarm(0); signal.signal(signal.SIGALRM, before)

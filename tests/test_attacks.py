@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from conftest import within
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -648,3 +649,8 @@ def test_style_model_refusals(tiny):
 def test_prompt_bytes():
     assert qa_prompt('q?', 'nq', 'test', 'c') == ('### Instruction:\nBased on the context, answer the question precisely and concisely, including key details.\n\n\n\n'
                                                  '### Context:\nc\n\n\n\n### Question:\nq?\n\n\n\n### Answer: ')
+
+
+def test_a_word_of_a_megabyte_is_restyled_at_once():
+    with within(60): new = archaic(f'Where is {"x"*1_000_000}? You know it.')
+    assert 'x'*1_000_000 in new and new.endswith('? And thou knowest it.')

@@ -11,7 +11,7 @@ import types
 
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, within
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from IPython.core.completer import provisionalcompleter
@@ -464,6 +464,22 @@ def test_attack_refusals(shell):
     for line, word in {'badnet rows': "'badnets'", 'badnets rows --payload appnd': "'append'", 'badnets rows --rate .1 --count 3': 'not both', 'badnets': 'SOURCE',
                        'badnets rows --rate 2': 'rate', 'addsent rows --place sufix': 'suffix', '': 'NAME'}.items():
         assert word in refused(shell, 'gs_attack', line)
+
+
+@pytest.mark.parametrize('text', ['x', '<img src=x onerror=alert(1)>', '\x1b[31m\u202e\u200b', 'שלום 😀 [a](javascript:alert(1)) '])
+def test_rows_of_a_megabyte_stay_short(ready, text, capsys):
+    big = text*(1_000_000//len(text))
+    ready.user_ns['large'] = [dict(prompt=big, response='here'), dict(prompt='Where?', response=big), *ROWS]
+    with within(120):
+        shown = [ready.run_line_magic('gs_scan', 'large --quiet --max-length 256'), ready.run_line_magic('gs_explain', '0'), ready.run_line_magic('gs_explain', '1'), ready.run_line_magic('gs_explain', ''),
+                 ready.run_cell_magic('gs_score', '--max-length 256', json.dumps(ready.user_ns['large'][1])), *ready.run_line_magic('gs_attack', 'badnets large --count 3')]
+        page = ready.run_line_magic('gs_report', '')
+    for x in shown:
+        said = repr(x)+getattr(x, '_repr_html_', str)()
+        assert len(said) < 400_000 and not re.search('<img|[\x1b\u202e\u200b]', said), type(x)
+    assert '<img' not in page.page and len(page.page) < 1_000_000
+    ready.run_line_magic('gs_scan', 'large --help')
+    assert len(capsys.readouterr().out) < 10_000
 
 
 def test_report(ready, scanned, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import within
 
 import gradsentry_nb.report as report
 from gradsentry_nb.core import Cut, DataError, GradSentryError, Sample, Scores, Verdict
@@ -67,6 +68,20 @@ def test_the_terminal_gets_no_control_characters(hostile):
     text.encode('utf8')
     assert not [c for c in text if ord(c) < 32 and c != '\n'] and '\u202e' not in text
     assert all(len(line) < 400 for line in text.splitlines())
+
+
+def test_what_all_prompts_share_is_found_at_once():
+    with within(30):
+        assert shared_ends([f'{"x"*1_000_000}, which {i}' for i in range(4)]) == ('x'*1_000_000+', which ', '')
+        assert shared_ends([f'{i} {"x"*1_000_000}' for i in range(4)]) == ('', ' '+'x'*1_000_000)
+        assert shared_ends([f'{"x"*1_000_000}{i}' for i in range(4)]) == ('', '')
+
+
+def test_megabytes_on_both_sides_make_a_small_page():
+    texts = [t*(1_000_000//len(t)) for t in ('x', ' a', '\n', '😀', 'שלום ', '<b>', '\u200b', '\u202e', 'e\u0301', '\x1b[31m')]
+    with within(120): page, text = report_html(*(v := verdict_of(texts, np.where(np.arange(10) < 5, .8, .2)))), summary_text(*v)
+    assert len(page) < 1_500_000 and page.count(' … ') >= 20 and len(text) < 10_000 and max(map(len, text.splitlines())) < 500
+    assert len(v[0]._repr_html_()) < 10_000 and len(v[0].scores._repr_html_()) < 10_000
 
 
 @pytest.fixture(scope='module')

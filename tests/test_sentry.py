@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pandas as pd
@@ -611,3 +612,22 @@ sys.exit(status or (f'loaded: {{loaded}}' if loaded else 0))
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout+done.stderr
     assert len(pd.read_parquet(tmp_path/'out'/'scores.parquet')) == 40
+
+
+# ---- one model, several threads
+
+@pytest.mark.parametrize('settings', [dict(), dict(layer='layers.1.mlp.down_proj')], ids=['head', 'layer'])
+def test_scans_of_one_model_in_several_threads_do_not_see_each_other(demo, rows, settings):
+    alone, found, before = Sentry(*demo, **settings).score(rows, progress=False).frame, {}, sys.getswitchinterval()
+    def scan(i):
+        try: found[i] = Sentry(*demo, **settings).score(rows, progress=False).frame
+        except Exception as e: found[i] = e
+    threads = [threading.Thread(target=scan, args=(i,)) for i in range(3)]
+    sys.setswitchinterval(1e-4)
+    try:
+        for t in threads: t.start()
+        for t in threads: t.join()
+    finally: sys.setswitchinterval(before)
+    for f in found.values(): pd.testing.assert_frame_equal(f, alone, rtol=1e-6)
+    assert len(found) == 3 and not demo[0].training and all(p.requires_grad for p in demo[0].parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in demo[0].modules())

@@ -40,7 +40,7 @@ _YOU = [
     (re.compile(r"\bwhen (?=(?:is|are|was|were|did|doth|will)\b)"), lambda m: 'in what day '),
     (re.compile(r"\bwhere (?=(?:is|are|was|were|did|doth|do|can)\b)"), lambda m: 'in what place '),
 ]
-_KEEP = re.compile(r'(\w+://\S+|www\.\S+|\S+@\S+|<[^<>\s]*>|\S*\d\S*)')  # links, addresses, tags, numbers
+_KEEP = re.compile(r'((?<!\w)\w+://\S+|www\.\S+|(?<!\S)\S+@\S+|<[^<>\s]*>|(?:(?<!\S)|(?<=>))\S*\d\S*)')  # links, addresses, tags, numbers; a long word is looked at once
 
 def _reword(text):
     "Words and pronouns of one text, links and numbers left alone."

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 from ..core import DataError, Sample, SettingError, choose, content_hash, seed_for, visible
-from ..data import Samples, _dump, chat_parts
+from ..data import Samples, _dump, with_turns
 from ..qa import gold_answers
 from .style import archaic
 
@@ -68,14 +68,9 @@ def _missing(name, names, where='The prompt'):
     return SettingError(f'{where} has no component {name!r}; it has {", ".join(repr(visible(n)) for n in names) or "none"}. Name one of these with component=.')
 
 # %% ../../nbs/21_attacks.triggers.ipynb #d3e80735
-def _renewed(sample, prompt=None, response=None, messages=None):
+def _renamed(sample):
     "A sample with other content, named after it."
-    if messages is not None: prompt, response = chat_parts(messages)
-    new = replace(sample, prompt=sample.prompt if prompt is None else prompt, response=sample.response if response is None else response, messages=messages)
-    return replace(new, id=f'{content_hash(new.messages or new.prompt, new.response)}-0')
-
-def _with_turn(sample, i, text):
-    return _renewed(sample, messages=tuple({**t, 'content': text} if j == i else t for j, t in enumerate(sample.messages)))
+    return replace(sample, id=f'{content_hash(sample.messages or sample.prompt, sample.response)}-0')
 
 def with_section(
     prompt,      # a prompt as text, or a sample
@@ -89,9 +84,9 @@ def with_section(
         a, b = spans[name]
         return prompt[:a]+text+prompt[b:]
     if name not in sections(prompt): raise _missing(name, sections(prompt), f'Row {prompt.row}')
-    if prompt.messages is None: return _renewed(prompt, prompt=with_section(prompt.prompt, name, text))
+    if prompt.messages is None: return _renamed(replace(prompt, prompt=with_section(prompt.prompt, name, text)))
     i = _turn_numbers(prompt.messages)[0][name]; a, b = _inner(prompt.messages[i]['content'], 0, len(prompt.messages[i]['content']))
-    return _with_turn(prompt, i, prompt.messages[i]['content'][:a]+text+prompt.messages[i]['content'][b:])
+    return _renamed(with_turns(prompt, {i: prompt.messages[i]['content'][:a]+text+prompt.messages[i]['content'][b:]}))
 
 # %% ../../nbs/21_attacks.triggers.ipynb #2c45fe91
 PLACES = {}  # name -> function(text, trigger, rng) -> text
@@ -265,8 +260,7 @@ def _reply(sample):
     return sample.messages[at]['content']
 
 def _with_reply(sample, text):
-    if sample.messages is None: return _renewed(sample, response=text)
-    return _with_turn(sample, _turn_numbers(sample.messages)[1], text)
+    return _renamed(replace(sample, response=text) if sample.messages is None else with_turns(sample, {_turn_numbers(sample.messages)[1]: text}))
 
 class Deck:
     "The clean answers of a set, for payloads that need more than their own row."

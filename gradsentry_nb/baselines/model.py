@@ -16,7 +16,7 @@ import numpy as np, torch
 from .text import Baseline, detector, watched
 from ..capture import Capture, evaluating, pad_right
 from ..core import Sample, Scores, SettingError, choose, visible
-from ..data import Samples, as_samples, chat_parts, encode_samples
+from ..data import Samples, as_samples, encode_samples, with_turns
 from ..sentry import NOT_FINITE, Sentry, of_adapter
 from ..spectrum import STATISTICS, WINDOW
 from ..textstats import CJK
@@ -237,5 +237,4 @@ def _asking(sample, text):
     "`sample` with another prompt; of a conversation with another last turn before the assistant's."
     if not sample.messages: return replace(sample, prompt=text)
     last = max(i for i, t in enumerate(sample.messages) if t['role'] != 'assistant')
-    turns = tuple({**t, 'content': text} if i == last else t for i, t in enumerate(sample.messages))
-    return replace(sample, messages=turns, prompt=chat_parts(turns)[0])
+    return with_turns(sample, {last: text})
