@@ -49,6 +49,8 @@ def drawings(f, planted, spots, layers):
         'layer_map': lambda: c.layer_map(layers),
         'live_histogram': lambda: c.live_histogram(c.histogram_bins(known), 'log_volume', cut),
         'live_strip': lambda: c.live_strip(c.strip_rows(f, cut.flags(x), 2000), 'log_volume', cut),
+        'live_against': lambda: c.live_against(c.scatter_rows(f, 'ngram_rows', 'score', cut.flags(x))[0], 'ngram_rows', 'log_volume', cut),
+        'live_map': lambda: c.live_map(c.scatter_rows(spots.assign(row=f['row']), 'x', 'y', cut.flags(x))[0], 'log_volume', cut),
     }
 
 

@@ -1,10 +1,10 @@
 """What watching costs: benchmarks/results/live.csv.
 
-    python -m benchmarks.live [--rows 1200] [--repeat 5] [--out benchmarks/results]
+    python -m benchmarks.live [--rows 1200] [--repeat 7] [--browser] [--out benchmarks/results]
 
 Side by side in one run: a silent scan, and the same scan under a dashboard (live renderer; without a browser, so what is measured is the kernel's share), in turns.
-Then the time from a moved slider to everything the kernel has to do about it, at 1,000, 10,000 and 100,000 rows, with the truth in hand; and the memory of a process
-that has run the dashboard's cell twenty times.
+Then the time from a moved slider to everything the kernel has to do about it, at 1,000, 10,000 and 100,000 rows, with the truth in hand; the memory of a process
+that has run the dashboard's cell twenty times; and, with --browser, the time from a key on the slider to the rule and to the counts on screen, in JupyterLab under Chromium.
 """
 import argparse
 import os
@@ -54,6 +54,35 @@ def slides(repeat):
             yield dict(what='slider moved', rows=n, run=i, value=1000*(time.perf_counter()-start), unit='ms')
 
 
+SEEN = """async () => { const rule = () => [...document.querySelectorAll('.vega-embed svg .mark-rule.role-mark line')].map(x => x.getAttribute('transform')).join();
+  const counts = () => [...document.querySelectorAll('.widget-html')].map(x => x.textContent).find(x => x.includes('rows above the cut'));
+  const before = [rule(), counts()], start = performance.now(), out = [null, null];
+  document.querySelector('.noUi-handle').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowLeft', bubbles: true}));
+  while (performance.now()-start < 10000 && out.includes(null)) { await new Promise(requestAnimationFrame);
+    [rule(), counts()].forEach((x, i) => { if (out[i] === null && x !== before[i]) out[i] = performance.now()-start }) }
+  return out }"""
+
+
+def on_screen(repeat):
+    "Milliseconds from a key on the slider to the moved rule and to the new counts, in a real page."
+    import sys
+    import tempfile
+    root = Path(__file__).resolve().parent.parent
+    sys.path.insert(0, str(root/'tests'))
+    from lab import browser, notebook, server
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for n in SLIDES: (folder/f'{n}.ipynb').write_text(notebook(f'from benchmarks.live import big_view\nv = big_view({n})\nv'))
+        with server(folder) as url, browser(folder, url) as b:
+            for n in SLIDES:
+                b.open(f'{n}.ipynb')
+                b.page.wait_for_selector('.gs-table table', timeout=120_000); b.page.wait_for_timeout(3000)
+                for i in range(repeat+1):
+                    rule, counts = b.page.evaluate(SEEN); b.page.wait_for_timeout(1500)
+                    if i: yield from (dict(what=w, rows=n, run=i-1, value=x, unit='ms') for w, x in (('slider to rule on screen', rule), ('slider to counts on screen', counts)))
+                b.save()
+
+
 def resident():
     with open('/proc/self/status') as f: return next(int(line.split()[1])/1024 for line in f if line.startswith('VmRSS'))
 
@@ -69,11 +98,12 @@ def memory(times=20, n=1000):
 def main(argv=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--rows', type=int, default=1200)
-    ap.add_argument('--repeat', type=int, default=5)
+    ap.add_argument('--repeat', type=int, default=7)
     ap.add_argument('--times', type=int, default=20)
+    ap.add_argument('--browser', action='store_true')
     ap.add_argument('--out', type=Path)
     a = ap.parse_args(argv)
-    table = pd.DataFrame([*overhead(a.rows, a.repeat), *slides(a.repeat), *memory(a.times)])
+    table = pd.DataFrame([*overhead(a.rows, a.repeat), *slides(a.repeat), *memory(a.times), *(on_screen(a.repeat) if a.browser else ())])
     print(table.groupby(['what', 'rows', 'unit'])['value'].agg(['median', 'min', 'max']).round(3).to_string())
     w = table.pivot_table(index='run', columns='what', values='value')
     print('overhead of watching:', ((w['scan under the dashboard']/w['scan alone']-1)*100).dropna().round(1).tolist(), '%')
