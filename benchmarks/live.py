@@ -2,7 +2,8 @@
 
     python -m benchmarks.live [--rows 1200] [--repeat 7] [--browser] [--out benchmarks/results]
 
-Side by side in one run: a silent scan, and the same scan under a dashboard (live renderer; without a browser, so what is measured is the kernel's share), in turns.
+Side by side in one run, in turns: a silent scan in the main thread, the same in a thread that nobody watches, and under a dashboard (live renderer; without a browser, so what is
+measured is the kernel's share); with the demo model and, where ../shared is there, with qa-lm-9m and the published WebQA mix.
 Then the time from a moved slider to everything the kernel has to do about it, at 1,000, 10,000 and 100,000 rows, with the truth in hand; the memory of a process
 that has run the dashboard's cell twenty times; and, with --browser, the time from a key on the slider to the rule and to the counts on screen, in JupyterLab under Chromium.
 """
@@ -14,26 +15,36 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from gradsentry_nb.board import LiveScan
 from gradsentry_nb.core import Cut, Scores, Verdict
 from gradsentry_nb.data import load_samples
 from gradsentry_nb.demo import demo_model, demo_samples
-from gradsentry_nb.sentry import Sentry
+from gradsentry_nb.sentry import Scan, Sentry
 from gradsentry_nb.widgets import NUMBERS, dashboard, view
 
 SLIDES = 1000, 10_000, 100_000
 
 
+def settings(n):
+    "(name, sentry, samples, truth) of what is scanned."
+    yield 'demo model', Sentry(*demo_model()), *demo_samples(n, seed=11)
+    shared = Path(__file__).resolve().parent.parent.parent/'shared'
+    if shared.is_dir():
+        samples = load_samples(shared/'data/qa/published-webqa-badnets-10.jsonl.gz')[:n]
+        yield 'qa-lm-9m', Sentry.from_pretrained(shared/'models/qa-lm-9m'), samples, {s.id: False for s in samples}
+
+
 def overhead(n, repeat):
-    "Seconds of a silent scan and of a watched one, in turns."
-    sentry, (samples, truth) = Sentry(*demo_model()), demo_samples(n, seed=11)
-    sentry.score(samples[:100], progress=False)
-    for i in range(repeat):
-        start = time.perf_counter(); sentry.score(samples, progress=False)
-        yield dict(what='scan alone', rows=n, run=i, value=time.perf_counter()-start, unit='s')
-        d = dashboard(sentry, samples, truth, renderer='live', start=False)
-        start = time.perf_counter(); d.live.start(); d.live.thread.join()
-        yield dict(what='scan with the whole dashboard until its verdict is shown', rows=n, run=i, value=time.perf_counter()-start, unit='s')
-        yield dict(what='scan under the dashboard', rows=n, run=i, value=d.live.seconds, unit='s')
+    "Seconds from the first batch to the last, in turns."
+    for name, sentry, samples, truth in settings(n):
+        list(Scan(sentry, samples[:100]))
+        for i in range(repeat):
+            scan, start = Scan(sentry, samples), time.perf_counter(); list(scan)
+            took = {'scan alone': time.perf_counter()-start, 'scan in a thread': LiveScan(sentry, samples, every=1e9).start().wait().seconds}
+            d = dashboard(sentry, samples, truth, renderer='live', start=False)
+            start = time.perf_counter(); d.live.start().wait()
+            took |= {'scan under a dashboard': d.live.seconds, 'dashboard from start to verdict': time.perf_counter()-start}
+            yield from (dict(what=f'{what}, {name}', rows=n, run=i, value=x, unit='s') for what, x in took.items())
 
 
 def big_view(n):
@@ -42,7 +53,7 @@ def big_view(n):
     samples = load_samples([dict(prompt=f'question {i}', response=f'answer {i}') for i in range(n)])
     score = np.where(rng.random(n) < .1, rng.normal(200, 20, n), rng.gamma(1, 20, n))
     frame = pd.DataFrame(dict(id=[s.id for s in samples], row=range(n), score=score, tokens=rng.integers(1, 60, n), problem=None, ngram_rows=1, ngram='', **{c: score for c in NUMBERS}))
-    return view(Verdict(Scores(frame, dict(statistic='log_volume')), Cut(150., 'fixed', '')), samples, truth={s.id: x > 150 for s, x in zip(samples, score)}, renderer='live')
+    return view(Verdict(Scores(frame, dict(statistic='log_volume')), Cut(20., 'fixed', '')), samples, truth={s.id: x > 150 for s, x in zip(samples, score)}, renderer='live')
 
 
 def slides(repeat):
@@ -106,7 +117,9 @@ def main(argv=None):
     table = pd.DataFrame([*overhead(a.rows, a.repeat), *slides(a.repeat), *memory(a.times), *(on_screen(a.repeat) if a.browser else ())])
     print(table.groupby(['what', 'rows', 'unit'])['value'].agg(['median', 'min', 'max']).round(3).to_string())
     w = table.pivot_table(index='run', columns='what', values='value')
-    print('overhead of watching:', ((w['scan under the dashboard']/w['scan alone']-1)*100).dropna().round(1).tolist(), '%')
+    for name in sorted({c.rpartition(', ')[2] for c in w if c.startswith('scan')}):
+        for what in ('scan in a thread', 'scan under a dashboard'):
+            print(f'{what}, {name}, against alone, %:', ((w[f'{what}, {name}']/w[f'scan alone, {name}']-1)*100).dropna().round(1).tolist())
     if a.out: table.assign(cores=os.cpu_count()).round(4).to_csv(a.out/'live.csv', index=False)
     return table
 

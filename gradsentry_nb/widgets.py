@@ -138,7 +138,7 @@ class LiveChart:
     def send(self, name, frame): self.sent[name] = self.widget._py_to_js_updates = data_update(name, frame)
     def cut(self, cut): self.at = self.widget.params.cut = FAR if cut.value is None else float(cut.value)
 
-# %% ../nbs/50_widgets.ipynb #eaabfea7
+# %% ../nbs/50_widgets.ipynb #f178b76d
 def _listen(self):
     "Follow the chart's brush and its arrivals on a screen; another chart has other ones."
     self.widget.params.shown = 1
@@ -159,7 +159,7 @@ def _again(self):
 
 LiveChart.listen, LiveChart.brushed, LiveChart.shown, LiveChart.again = _listen, _brushed, _shown, _again
 
-# %% ../nbs/50_widgets.ipynb #9bc1c2fc
+# %% ../nbs/50_widgets.ipynb #04fb6599
 class Panel:
     "One tab of pictures; a kind says how it draws."
     title, every = '', 0.   # on the tab; least seconds between two drawings while a scan runs
@@ -208,7 +208,7 @@ def panel(*renderers):
         return kind
     return add
 
-# %% ../nbs/50_widgets.ipynb #0d20f8fb
+# %% ../nbs/50_widgets.ipynb #d126bb24
 @panel('live')
 class LiveScores(Panel):
     "Histogram and strip."
@@ -240,7 +240,7 @@ class PlainScores(Panel):
     def charts(self): b = self.board; return score_histogram(b.frame, b.cut, b.label), score_strip(b.frame, b.cut, b.label, picked=[b.at[i] for i in b.selected[:300]])
     pick = Panel.cut
 
-# %% ../nbs/50_widgets.ipynb #88461299
+# %% ../nbs/50_widgets.ipynb #085b0101
 class Against(Panel):
     "The score over a number of the reader's choice."
     title, every = 'trivial detectors', 1.
@@ -294,7 +294,7 @@ class LiveAgainst(Against, Scatter):
         b, c = self.board, self.column.value
         self.plot(b.frame, c, 'score', lambda rows, said: live_against(rows, c, b.label, b.cut, said, k=b.k, width=WIDTH), (c,))
 
-# %% ../nbs/50_widgets.ipynb #2d0ebb24
+# %% ../nbs/50_widgets.ipynb #452ff3f6
 @panel('live', 'plain')
 class Spectra(Panel):
     "Singular values of a few rows."

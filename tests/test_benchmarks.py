@@ -100,6 +100,8 @@ def test_stored_experiment_is_what_the_study_makes():
 def test_live_runs_small(tmp_path, monkeypatch):
     from benchmarks import live
     monkeypatch.setattr(live, 'SLIDES', (50,))
+    monkeypatch.setattr(live, 'settings', lambda n, every=live.settings: [next(every(n))])
     table = live.main(['--rows', '60', '--repeat', '2', '--times', '2', '--out', str(tmp_path)])
-    assert set(table['what']) == {'scan alone', 'scan under the dashboard', 'scan with the whole dashboard until its verdict is shown', 'slider moved', 'memory after the cell'}
-    assert (table['value'] > 0).all() and len(pd.read_csv(tmp_path/'live.csv')) == len(table) == 2*3+2+2
+    scans = {f'{x}, demo model' for x in ('scan alone', 'scan in a thread', 'scan under a dashboard', 'dashboard from start to verdict')}
+    assert set(table['what']) == scans | {'slider moved', 'memory after the cell'}
+    assert (table['value'] > 0).all() and len(pd.read_csv(tmp_path/'live.csv')) == len(table) == 2*4+2+2
