@@ -138,7 +138,7 @@ class LiveChart:
     def send(self, name, frame): self.sent[name] = self.widget._py_to_js_updates = data_update(name, frame)
     def cut(self, cut): self.at = self.widget.params.cut = FAR if cut.value is None else float(cut.value)
 
-# %% ../nbs/50_widgets.ipynb #f178b76d
+# %% ../nbs/50_widgets.ipynb #1d81c6a0
 def _listen(self):
     "Follow the chart's brush and its arrivals on a screen; another chart has other ones."
     self.widget.params.shown = 1
@@ -159,7 +159,7 @@ def _again(self):
 
 LiveChart.listen, LiveChart.brushed, LiveChart.shown, LiveChart.again = _listen, _brushed, _shown, _again
 
-# %% ../nbs/50_widgets.ipynb #04fb6599
+# %% ../nbs/50_widgets.ipynb #7dc20125
 class Panel:
     "One tab of pictures; a kind says how it draws."
     title, every = '', 0.   # on the tab; least seconds between two drawings while a scan runs
@@ -208,7 +208,7 @@ def panel(*renderers):
         return kind
     return add
 
-# %% ../nbs/50_widgets.ipynb #d126bb24
+# %% ../nbs/50_widgets.ipynb #ba1d4fe0
 @panel('live')
 class LiveScores(Panel):
     "Histogram and strip."
@@ -240,7 +240,7 @@ class PlainScores(Panel):
     def charts(self): b = self.board; return score_histogram(b.frame, b.cut, b.label), score_strip(b.frame, b.cut, b.label, picked=[b.at[i] for i in b.selected[:300]])
     pick = Panel.cut
 
-# %% ../nbs/50_widgets.ipynb #085b0101
+# %% ../nbs/50_widgets.ipynb #4f8e3219
 class Against(Panel):
     "The score over a number of the reader's choice."
     title, every = 'trivial detectors', 1.
@@ -294,7 +294,7 @@ class LiveAgainst(Against, Scatter):
         b, c = self.board, self.column.value
         self.plot(b.frame, c, 'score', lambda rows, said: live_against(rows, c, b.label, b.cut, said, k=b.k, width=WIDTH), (c,))
 
-# %% ../nbs/50_widgets.ipynb #452ff3f6
+# %% ../nbs/50_widgets.ipynb #9e9feff0
 @panel('live', 'plain')
 class Spectra(Panel):
     "Singular values of a few rows."
@@ -646,7 +646,8 @@ def _snap(self, after=1.):
 def _display(self):
     "Show the widgets and the plain copy."
     from IPython.display import HTML, display
-    display(self.widget)
+    if hasattr(self.widget, '_repr_mimebundle_'): display({**self.widget._repr_mimebundle_(), 'text/plain': repr(self)}, raw=True)   # the tree of widgets is no text to read
+    else: display(self.widget)
     self.handle = display(HTML(self.static_html()), display_id=True)
 
 View.static_html, View.snap, View._ipython_display_ = static_html, _snap, _display

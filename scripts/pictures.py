@@ -16,7 +16,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder/'view.ipynb').write_text(notebook(*CELLS))
-        with server(folder) as url, browser(folder, url, width=1200, height=1400) as b:
+        with server(folder) as url, browser(folder, url, width=1200, height=1900) as b:
             b.open('view.ipynb')
             b.page.wait_for_selector('.gs-table table', timeout=120_000)
             b.until('print(view.live.state)', 'done', 180)
@@ -24,7 +24,9 @@ def main():
             b.page.locator('.gs-table tbody tr').nth(2).click()
             b.until('print(len(view.selected) == 1 and len(view.detail.value) > 500)', 'True', 30)
             b.page.wait_for_timeout(1500)
-            b.page.locator('.jp-OutputArea-output .widget-vbox').first.screenshot(path=str(ROOT/'nbs/images/dashboard.png'))
+            box = b.page.locator('.jp-OutputArea-output .widget-vbox').first.bounding_box()
+            b.page.mouse.move(5, 5)
+            b.page.screenshot(path=str(ROOT/'nbs/images/dashboard.png'), clip={**box, 'height': min(box['height'], 1290)})
             b.save()
 
 
