@@ -134,11 +134,24 @@ class LiveChart:
     def sized(chart):
         import altair as alt
         return chart.properties(autosize=alt.AutoSizeParams(type='pad', resize=True))     # new data may need wider labels
-    def swap(self, chart): self.widget.chart, self.sent = self.sized(chart), {}; self.listen()
-    def send(self, name, frame): self.sent[name] = self.widget._py_to_js_updates = data_update(name, frame)
-    def cut(self, cut): self.at = self.widget.params.cut = FAR if cut.value is None else float(cut.value)
+    def swap(self,
+        chart,     # with the same parameters
+    ):
+        "Exchange the chart where it stands."
+        self.widget.chart, self.sent = self.sized(chart), {}; self.listen()
+    def send(self,
+        name,      # of a data source: 'bins', 'rows', 'points' or 'picked'
+        frame,     # its new values
+    ):
+        "Replace the values of a data source."
+        self.sent[name] = self.widget._py_to_js_updates = data_update(name, frame)
+    def cut(self,
+        cut,       # a `Cut`
+    ):
+        "Move the rule."
+        self.at = self.widget.params.cut = FAR if cut.value is None else float(cut.value)
 
-# %% ../nbs/50_widgets.ipynb #1d81c6a0
+# %% ../nbs/50_widgets.ipynb #c6b275a0
 def _listen(self):
     "Follow the chart's brush and its arrivals on a screen; another chart has other ones."
     self.widget.params.shown = 1
@@ -159,7 +172,7 @@ def _again(self):
 
 LiveChart.listen, LiveChart.brushed, LiveChart.shown, LiveChart.again = _listen, _brushed, _shown, _again
 
-# %% ../nbs/50_widgets.ipynb #7dc20125
+# %% ../nbs/50_widgets.ipynb #ca7a85be
 class Panel:
     "One tab of pictures; a kind says how it draws."
     title, every = '', 0.   # on the tab; least seconds between two drawings while a scan runs
@@ -175,6 +188,7 @@ class Panel:
     def now(self): self.html.value = f'<div style="display:flex;flex-wrap:wrap;gap:12px">{"".join(map(chart_svg, self.charts()))}</div>'
     def charts(self): return ()
 
+# %% ../nbs/50_widgets.ipynb #2b4f8c0d
 class Pictures:
     "The tabs of a view."
     def __init__(self, view):
@@ -208,7 +222,7 @@ def panel(*renderers):
         return kind
     return add
 
-# %% ../nbs/50_widgets.ipynb #ba1d4fe0
+# %% ../nbs/50_widgets.ipynb #cffee22c
 @panel('live')
 class LiveScores(Panel):
     "Histogram and strip."
@@ -240,7 +254,7 @@ class PlainScores(Panel):
     def charts(self): b = self.board; return score_histogram(b.frame, b.cut, b.label), score_strip(b.frame, b.cut, b.label, picked=[b.at[i] for i in b.selected[:300]])
     pick = Panel.cut
 
-# %% ../nbs/50_widgets.ipynb #4f8e3219
+# %% ../nbs/50_widgets.ipynb #b67c932c
 class Against(Panel):
     "The score over a number of the reader's choice."
     title, every = 'trivial detectors', 1.
@@ -263,13 +277,19 @@ class PlainAgainst(Against):
         b, c = self.board, self.column.value
         return [score_by_length(b.frame, b.cut, b.label, k=b.k) if c == 'tokens' else score_against(b.frame, c, b.cut, b.label)]
 
+# %% ../nbs/50_widgets.ipynb #640d0a1d
 class Scatter(Panel):
     "A live chart of two columns."
     def picture(self): self.box, self.chart, self.made = W.VBox([]), None, None; return self.box
     def cut(self):
         if self.chart: self.chart.cut(self.board.cut)
-    def plot(self, frame, x, y, make, key):
-        "Draw the two columns; the chart itself is made anew where its axes have to change."
+    def plot(self,
+        frame,     # one row per sample, with the two columns
+        x, y,      # their names
+        make,      # function(rows, sentence) -> chart
+        key,       # what the chart depends on, besides the score and the number of rows
+    ):
+        "Draw the two columns."
         b = self.board
         rows, n = scatter_rows(frame, x, y, b.flagged)
         self.frame, self.xy = frame, [x, y]
@@ -294,7 +314,7 @@ class LiveAgainst(Against, Scatter):
         b, c = self.board, self.column.value
         self.plot(b.frame, c, 'score', lambda rows, said: live_against(rows, c, b.label, b.cut, said, k=b.k, width=WIDTH), (c,))
 
-# %% ../nbs/50_widgets.ipynb #9e9feff0
+# %% ../nbs/50_widgets.ipynb #bd87f1d3
 @panel('live', 'plain')
 class Spectra(Panel):
     "Singular values of a few rows."
