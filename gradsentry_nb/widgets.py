@@ -151,7 +151,7 @@ class LiveChart:
         "Move the rule."
         self.at = self.widget.params.cut = FAR if cut.value is None else float(cut.value)
 
-# %% ../nbs/50_widgets.ipynb #c6b275a0
+# %% ../nbs/50_widgets.ipynb #73f199d1
 def _listen(self):
     "Follow the chart's brush and its arrivals on a screen; another chart has other ones."
     self.widget.params.shown = 1
@@ -172,7 +172,7 @@ def _again(self):
 
 LiveChart.listen, LiveChart.brushed, LiveChart.shown, LiveChart.again = _listen, _brushed, _shown, _again
 
-# %% ../nbs/50_widgets.ipynb #ca7a85be
+# %% ../nbs/50_widgets.ipynb #33356f90
 class Panel:
     "One tab of pictures; a kind says how it draws."
     title, every = '', 0.   # on the tab; least seconds between two drawings while a scan runs
@@ -188,7 +188,7 @@ class Panel:
     def now(self): self.html.value = f'<div style="display:flex;flex-wrap:wrap;gap:12px">{"".join(map(chart_svg, self.charts()))}</div>'
     def charts(self): return ()
 
-# %% ../nbs/50_widgets.ipynb #2b4f8c0d
+# %% ../nbs/50_widgets.ipynb #a6ed77cc
 class Pictures:
     "The tabs of a view."
     def __init__(self, view):
@@ -222,7 +222,7 @@ def panel(*renderers):
         return kind
     return add
 
-# %% ../nbs/50_widgets.ipynb #cffee22c
+# %% ../nbs/50_widgets.ipynb #d301f5d0
 @panel('live')
 class LiveScores(Panel):
     "Histogram and strip."
@@ -254,7 +254,7 @@ class PlainScores(Panel):
     def charts(self): b = self.board; return score_histogram(b.frame, b.cut, b.label), score_strip(b.frame, b.cut, b.label, picked=[b.at[i] for i in b.selected[:300]])
     pick = Panel.cut
 
-# %% ../nbs/50_widgets.ipynb #b67c932c
+# %% ../nbs/50_widgets.ipynb #edfd3ae0
 class Against(Panel):
     "The score over a number of the reader's choice."
     title, every = 'trivial detectors', 1.
@@ -277,7 +277,7 @@ class PlainAgainst(Against):
         b, c = self.board, self.column.value
         return [score_by_length(b.frame, b.cut, b.label, k=b.k) if c == 'tokens' else score_against(b.frame, c, b.cut, b.label)]
 
-# %% ../nbs/50_widgets.ipynb #640d0a1d
+# %% ../nbs/50_widgets.ipynb #bbdb50cc
 class Scatter(Panel):
     "A live chart of two columns."
     def picture(self): self.box, self.chart, self.made = W.VBox([]), None, None; return self.box
@@ -314,7 +314,7 @@ class LiveAgainst(Against, Scatter):
         b, c = self.board, self.column.value
         self.plot(b.frame, c, 'score', lambda rows, said: live_against(rows, c, b.label, b.cut, said, k=b.k, width=WIDTH), (c,))
 
-# %% ../nbs/50_widgets.ipynb #bd87f1d3
+# %% ../nbs/50_widgets.ipynb #11553db4
 @panel('live', 'plain')
 class Spectra(Panel):
     "Singular values of a few rows."
@@ -645,13 +645,10 @@ def static_html(
     rows:int=15,       # most rows
 )->str:
     "The picture and the table as HTML that needs nothing."
-    b = self.board
+    b = copy.copy(self.board)                  # this may run in a timer's thread: what a person changes meanwhile does not get in between
     png = b64encode(chart_png(score_histogram(b.frame, b.cut, b.label), 1.5)).decode()
-    kept = b.sort, b.down, b.show, b.query, b.page
-    try:
-        b.sort, b.down, b.show, b.query, b.page = 'score', True, 'all', '', 0
-        found = b.page_of(rows)[0]
-    finally: b.sort, b.down, b.show, b.query, b.page = kept
+    b.sort, b.down, b.show, b.query, b.page = 'score', True, 'all', '', 0
+    found = b.page_of(rows)[0]
     head = ''.join(f'<th>{label}</th>' for label, _ in COLUMNS.values())
     body = ''.join(f'<tr>{"".join(f"<td>{html.escape(c)}</td>" for c in r["cells"])}</tr>' for r in found)
     return (f'<div class="gs-static-{self.name}"><p>{html.escape(visible(b.cut.reason))}</p><img alt="histogram of the scores" src="data:image/png;base64,{png}">'

@@ -404,7 +404,7 @@ def test_a_tooltip_has_no_field_that_a_viewer_would_load():
 def test_live_charts_can_take_each_others_place():
     specs = [c.to_dict() for c in (live_histogram(), live_strip(cut=MID), live_histogram(cut=.3), live_strip(cut=NONE))]
     shape = lambda s: sorted((p['name'], p.get('select', {}).get('type'), p.get('select', {}).get('encodings') and tuple(p['select']['encodings'])) for p in s['params'])
-    assert all(shape(s) == [('brush', 'interval', ('x',)), ('cut', None, None)] for s in specs)
+    assert all(shape(s) == [('brush', 'interval', ('x',)), ('cut', None, None), ('shown', None, None)] for s in specs)
     assert [s['data']['name'] for s in specs] == ['bins', 'rows', 'bins', 'rows']
     assert [next(p['value'] for p in s['params'] if p['name'] == 'cut') for s in specs] == [FAR, .5, .3, FAR]
 
@@ -510,3 +510,26 @@ def test_a_brush_selects_a_range(page, offline, chart, field):
     page.wait_for_function(f"model.get('_vl_selections').brush?.value?.{field}?.[1] > {.7*top}")          # the last of a stream of values
     lo, hi = page.evaluate(f"model.get('_vl_selections').brush.value.{field}")
     assert abs(lo/top-.25) < .05 and abs(hi/top-.75) < .05 and page.problems == []
+
+
+def test_live_scatters_sample_name_and_brush_both_sides():
+    from gradsentry_nb.charts import live_against, live_map, scatter_rows
+    rng = np.random.default_rng(0)
+    f = pd.DataFrame(dict(row=range(5000), score=rng.normal(size=5000), tokens=rng.integers(1, 200, 5000), x=rng.normal(size=5000), y=rng.normal(size=5000)))
+    f.loc[:9, 'score'] = np.nan
+    flagged = (f['score'] > 2).to_numpy()
+    rows, n = scatter_rows(f, 'tokens', 'score', flagged, 400)
+    assert n == 4990 and len(rows) == 400 and set(f['row'][flagged]) <= set(rows['row']), 'all dropped rows among them'
+    assert scatter_rows(f, 'x', 'y', flagged)[1] == 5000
+    specs = [live_against(rows, 'tokens', 'entropy', 2., 'some').to_dict(), live_map(scatter_rows(f, 'x', 'y', flagged)[0], 'entropy', None).to_dict()]
+    for s in specs:
+        assert sorted(p['name'] for p in s['params']) == ['brush', 'cut', 'shown'] and next(p for p in s['params'] if p['name'] == 'brush')['select']['encodings'] == ['x', 'y']
+        assert s['data']['name'] == 'points' and any(layer.get('data', {}).get('name') == 'picked' for layer in s['layer'])
+    assert len(specs[0]['layer']) == len(live_against(rows, 'tokens', 'loss', 2.).to_dict()['layer'])+1, 'the bound of the entropy'
+    assert 'Nothing to draw' in str(live_against(rows[:0], 'tokens').to_dict()['title']) and 'Nothing to draw' in str(live_map(rows[:0]).to_dict()['title'])
+
+
+def test_the_strip_rings_rows_and_says_when_there_is_no_cut_yet():
+    f = pd.DataFrame(dict(row=range(40), score=np.linspace(0, 1, 40)))
+    assert len(score_strip(f, MID, picked=[3, 5]).to_dict()['layer']) == len(score_strip(f, MID).to_dict()['layer'])+1
+    assert score_strip(f, Cut(None, 'uncut', '')).to_dict()['title']['text'] == 'Not cut yet'
