@@ -1,23 +1,32 @@
 """Rows per second and memory of a scan, beside the published procedure and a plain forward pass, in one run.
 
-    python -m benchmarks.speed [--rows N] [--rounds 3] [--out benchmarks/results/speed.csv]
+    python -m benchmarks.speed [--rows N] [--rounds 3] [--tokens N] [--out benchmarks/results]
 
-Each round takes another share of the rows and runs all methods on it, one after the other, so that whatever else the machine does
-hits all of them. Ratios are of the totals; the range over the rounds is printed beside them."""
+On the published mix each round takes another share of the rows and runs all methods on it, one after the other, so that whatever else the machine
+does hits all of them. Ratios are of the totals; the range over the rounds is printed beside them. Then the same for made sets: prompts of 64, 256
+and 1,024 tokens of which 0, 50 or 90 % are the same in every row, and the mix under three instructions. There a round takes all rows (a prefix is
+computed once a set), and the published procedure a few.
+
+The line `floor` of a set is what its operations alone would take: every distinct beginning of a row once, the projection at the supervised tokens,
+at the matrix rate that this machine reaches in the same run."""
 import argparse
 import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import pandas as pd
 import torch
 
 from benchmarks.reference import plain_forward, published_entropy
-from gradsentry_nb.capture import Capture
-from gradsentry_nb.core import Sample
-from gradsentry_nb.data import Samples, encode_samples, load_samples
+from gradsentry_nb import capture
+from gradsentry_nb.capture import Capture, head_of, linear_layers
+from gradsentry_nb.core import Encoded, Sample
+from gradsentry_nb.data import Samples, common_prefix, encode_samples, load_samples
 from gradsentry_nb.sentry import load_model
 from gradsentry_nb.spectrum import row_roots, statistics
 
@@ -45,24 +54,110 @@ METHODS = {
 }
 
 
-def speed(n, rounds):
-    "A table of rows per second and ratios."
+PUBLISHED, PLAIN, NONE, OURS, _ = METHODS
+FLOOR = 'floor: the operations at the measured matrix rate'
+
+
+# ---- what cannot be saved
+
+def operations(model, encoded):
+    "Floating-point operations of a scan in which every distinct beginning of a row is computed once, and the projection at supervised tokens only."
+    head, order = head_of(model), sorted(encoded, key=lambda e: e.ids.tolist())
+    known, stop = np.array([0, *map(common_prefix, zip(order, order[1:]))]), np.array([e.last for e in order])
+    context = (stop*(stop+1)-known*(known+1)).sum()/2              # keys that the new tokens look at
+    weights = sum(m.weight.numel() for m in map(model.get_submodule, linear_layers(model)) if m is not head)
+    return 2*weights*(stop-known).sum() + 4*model.config.hidden_size*model.config.num_hidden_layers*context + 2*head.weight.numel()*sum(e.tokens for e in encoded)
+
+
+def matrix_rate(n=1024, times=10):
+    "Floating-point operations per second of float32 matrices, the best of some products."
+    x, seconds = torch.randn(n, n), []
+    for _ in range(times): start = time.perf_counter(); x@x; seconds.append(time.perf_counter()-start)
+    return 2*n**3/min(seconds)
+
+
+def shares(model, encoded):
+    "Where the time of a scan goes, as shares of 1."
+    spent = dict.fromkeys(('transformer', 'head', 'spectrum'), 0.)
+    def watched(part, f):
+        def call(*args):
+            start = time.perf_counter()
+            try: return f(*args)
+            finally: spent[part] += time.perf_counter()-start
+        return call
+    parts = dict(hidden_states='transformer', prefix_cache='transformer', factor_rows='head')
+    start = time.perf_counter()
+    with patch.multiple(capture, **{f: watched(part, getattr(capture, f)) for f, part in parts.items()}):
+        roots = [watched('spectrum', row_roots)(f) for _, f in Capture(model)(encoded)]
+        for i in range(0, len(roots), 256): watched('spectrum', statistics)(roots[i:i+256])
+    total = time.perf_counter()-start
+    return {**{k: v/total for k, v in spent.items()}, 'rest': 1-sum(spent.values())/total}
+
+
+# ---- sets
+
+def prompts(pool, tokens, share, n):
+    "n rows with prompts of `tokens` tokens of real text, the first `share` of them the same, and the answers of `pool`."
+    text, same = np.concatenate([e.ids for e in pool]), int(tokens*share)
+    def one(i):
+        e = pool[i % len(pool)]
+        own = np.resize(np.roll(text, -(i+1)*tokens), tokens-same)
+        return Encoded(np.r_[np.resize(text, same), own, e.ids[e.supervised]], np.r_[np.zeros(tokens, bool), np.ones(e.tokens, bool)])
+    return [one(i) for i in range(n)]
+
+
+def instructed(pool, k=3):
+    "The rows under k instructions in turn: the one that they have, its tokens in other orders."
+    P = common_prefix(pool)
+    return [Encoded(np.r_[np.roll(e.ids[:P], i % k), e.ids[P:]], e.supervised) for i, e in enumerate(pool)]
+
+
+def sets(pool, tokens):
+    "name -> (rows, tokens of the longest prompt)."
+    grid = {f'{n:,} tokens, {share:.0%} shared': (prompts(pool, n, share, max(4, tokens//n)), n) for n in (64, 256, 1024) for share in (0, .5, .9)}
+    return {**grid, 'the mix under three instructions': (instructed(pool[:max(12, tokens//64)]), 72)}
+
+
+# ---- tables
+
+def peak(f, *args):
+    "(seconds, megabytes resident at the peak) of a call."
+    status = Path('/proc/self')
+    if status.exists(): (status/'clear_refs').write_text('5')
+    start = time.perf_counter(); f(*args); seconds = time.perf_counter()-start
+    lines = (status/'status').read_text().splitlines() if status.exists() else []
+    return seconds, next((int(l.split()[1])/1024 for l in lines if l.startswith('VmHWM')), np.nan)
+
+
+def side_by_side(model, name, methods, parts):
+    "Rows per second of `methods`, each a function and how many rows of a part it is given at most, on the rows of each of `parts`."
+    rates, mb = {m: [] for m in methods}, dict.fromkeys(methods, 0)
+    for r, part in enumerate(parts):
+        for m, (f, most) in methods.items():
+            rows = part[:most]
+            seconds, used = peak(f, model, rows)
+            rates[m].append(len(rows)/seconds); mb[m] = max(mb[m], used)
+            print(f'{name}, round {r+1}/{len(parts)}: {m}: {rates[m][-1]:.0f} rows/s', file=sys.stderr, flush=True)
+    t, every = pd.DataFrame(rates), sum(map(len, parts))
+    whole = {m: every/sum(len(p)/x for p, x in zip(parts, t[m])) for m in methods} | {FLOOR: every*matrix_rate()/sum(operations(model, p) for p in parts)}
+    spread = lambda a, b: '' if FLOOR in (a, b) else f'{(t[a]/t[b]).min():.2f}-{(t[a]/t[b]).max():.2f}'
+    return pd.DataFrame([dict(set=name, method=m, rows=every, rows_per_second=round(x, 1), times_faster_than_published=round(x/whole[PUBLISHED], 2), range_published=spread(m, PUBLISHED),
+                              time_over_plain_forward=round(whole[PLAIN]/x, 3), range_plain=spread(PLAIN, m), peak_mb=round(mb[m]) if m in mb else np.nan) for m, x in whole.items()])
+
+
+def speed(n, rounds, tokens=2**18):
+    "One table: the mix with every method, then the made sets."
     torch.set_num_threads(2)
     model, tokenizer = load_model(str(MODEL), 'cpu')
     rows = encode_samples(load_samples(MIX, limit=n), tokenizer)
     for f in METHODS.values(): f(model, rows[:64])  # warm up
-    times = {name: [] for name in METHODS}
-    for r in range(rounds):
-        part = rows[r::rounds]
-        for name, f in METHODS.items():
-            start = time.perf_counter(); f(model, part); times[name].append(time.perf_counter()-start)
-            print(f'round {r+1}/{rounds}: {name}: {len(part)/times[name][-1]:.0f} rows/s', file=sys.stderr, flush=True)
-    t = pd.DataFrame(times)
-    names = list(METHODS); pub, plain = names[:2]
-    spread = lambda a, b: f'{(t[a]/t[b]).min():.2f}-{(t[a]/t[b]).max():.2f}'
-    return pd.DataFrame([dict(method=m, rows=len(rows), rows_per_second=round(len(rows)/t[m].sum(), 1),
-                              times_faster_than_published=round(t[pub].sum()/t[m].sum(), 2), range_published=spread(pub, m),
-                              time_over_plain_forward=round(t[m].sum()/t[plain].sum(), 3), range_plain=spread(m, plain)) for m in names])
+    mix = side_by_side(model, 'published WebQA mix', {m: (f, None) for m, f in METHODS.items()}, [rows[r::rounds] for r in range(rounds)])
+    mix.loc[mix['method'] == OURS, ['transformer', 'head', 'spectrum', 'rest']] = [[round(x, 3) for x in shares(model, rows).values()]]
+    made = []
+    for name, (part, longest) in sets(rows, tokens).items():
+        plain = partial(plain_forward, batch=max(1, 2304//longest))  # as many tokens in a batch as on the mix
+        made.append(side_by_side(model, name, {PUBLISHED: (published_entropy, max(4, len(part)//16)), PLAIN: (plain, None), OURS: (METHODS[OURS], None)}, [part]*rounds))
+    return pd.concat([mix, *made], ignore_index=True)
 
 
 MEMORY = '''
@@ -97,10 +192,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rows', type=int)
     parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--tokens', type=int, default=2**18, help='prompt tokens in each of the made sets')
     parser.add_argument('--out', type=Path, help='also write the tables as DIR/speed.csv and DIR/memory.csv')
     args = parser.parse_args()
     if not MODEL.exists(): sys.exit('The benchmark needs the data and the model beside the project (../shared); they are not here.')
-    tables = dict(speed=speed(args.rows, args.rounds), memory=memory())
+    tables = dict(speed=speed(args.rows, args.rounds, args.tokens), memory=memory())
     for name, t in tables.items():
         print(f'\n{t.to_string(index=False)}')
         if args.out: args.out.mkdir(parents=True, exist_ok=True); t.to_csv(args.out/f'{name}.csv', index=False)

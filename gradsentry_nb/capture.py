@@ -6,9 +6,9 @@
 __all__ = ['row_root', 'GradFactors', 'inner', 'text_config', 'positions', 'check_vocabulary', 'head_of', 'Tail', 'find_tail',
            'check_tail', 'evaluating', 'of_this_thread', 'head_input', 'pad_right', 'stretching', 'relax',
            'sharing_problem', 'prefix_cache', 'repeat_cache', 'fed', 'check_positions', 'hidden_states', 'factor_rows',
-           'LongFactors', 'batch_factors', 'Capture', 'one_length', 'capture_factors', 'linear_layers', 'find_layer',
-           'dense_gradient', 'leaf_at', 'frozen', 'only_at', 'flowing', 'backward_to', 'check_adapter', 'per_token',
-           'LayerCapture', 'layer_factors']
+           'LongFactors', 'batch_factors', 'out_of_memory', 'Capture', 'one_length', 'capture_factors', 'linear_layers',
+           'find_layer', 'dense_gradient', 'leaf_at', 'frozen', 'only_at', 'flowing', 'backward_to', 'check_adapter',
+           'per_token', 'LayerCapture', 'layer_factors']
 
 # %% ../nbs/10_capture.ipynb #f2b65a05
 import copy, re, threading, weakref
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from .core import Encoded, ModelError
-from .data import common_prefix, plan_batches
+from .data import plan_batches, prefix_groups
 
 # %% ../nbs/10_capture.ipynb #d6412548
 def row_root(
@@ -203,14 +203,22 @@ def sharing_problem(
     kind = stretching(model)
     return kind and f'its rotary positions of type {kind!r} depend on the whole length'
 
+def _copied(cache):
+    "Another cache of the same tensors; layers replace theirs when they grow."
+    out = copy.copy(cache)
+    out.layers = [copy.copy(l) for l in cache.layers]
+    return out
+
 def prefix_cache(
     model,          # a causal language model, in evaluation mode
     ids,            # [P] token ids of the prefix
+    before=None,    # `(cache, P)` of a shorter prefix to go on from; left as it is
 ):                  # its keys and values as a transformers `DynamicCache`
     "Run the shared prefix once; a `ModelError` when the model keeps anything but attention keys and values."
     from transformers import DynamicCache
-    device = model.get_input_embeddings().weight.device
-    out = model(input_ids=torch.as_tensor(ids, dtype=torch.int64, device=device)[None], use_cache=True)
+    device, (cache, P) = model.get_input_embeddings().weight.device, before or (None, 0)
+    past = dict(past_key_values=_copied(cache)) if P else {}
+    out = model(input_ids=torch.as_tensor(ids[P:], dtype=torch.int64, device=device)[None], use_cache=True, **past)
     cache = getattr(out, 'past_key_values', None)
     attention = lambda l: getattr(l, 'keys', None) is not None and l.keys.dim() == 4 and not hasattr(l, 'conv_states')  # Falcon-H1 keeps both in one layer
     if not (isinstance(cache, DynamicCache) and all(map(attention, cache.layers))): raise ModelError('its cache is not attention')
@@ -229,8 +237,7 @@ def repeat_cache(
     n:int,          # rows in the batch
 ):                  # a cache for n rows; the original is untouched
     "The prefix for `n` rows, in layers that keep nothing else."
-    out = copy.copy(cache)
-    out.layers = [copy.copy(l) for l in cache.layers]
+    out = _copied(cache)
     for l in out.layers:
         l.keys, l.values = (x.expand(n, -1, -1, -1) for x in (l.keys, l.values))
         l.update = partial(_forget, l, l.update)
@@ -351,13 +358,23 @@ def batch_factors(
             yield i, GradFactors(d.div_(len(d)), h, l)
 
 # %% ../nbs/10_capture.ipynb #32aab6ab
+class _Apart(ModelError): "Why prefixes are not shared after all."
+
+def _whole(rows): return [(np.zeros(0, np.int32), None, np.fromiter(rows, int))]   # one group, no prefix
+
+def out_of_memory(
+    e:Exception,    # raised while a batch was computed
+)->bool:
+    "Does the error say that the device or the machine is full?"
+    return isinstance(e, MemoryError) or bool(re.search(r'out of memory|allocate memory|not enough memory|ALLOC_FAILED', str(e)))
+
 @dataclass(eq=False)
 class Capture:
     "Per-sample gradient factors of a causal language model, from forward passes only."
     model:nn.Module              # a transformers causal language model; left exactly as it was found
     budget:int|None=None         # most tokens in a batch, padding included; None: 1,024 on a CPU, 8,192 elsewhere
     room:int=2**22               # most supervised tokens x vocabulary entries held at once
-    share:bool=True              # compute a prefix that all rows have in common only once?
+    share:bool=True              # compute prefixes that rows have in common only once?
     notes:list = field(default_factory=list)  # sentences about what was decided
     at:tuple = ()                # the batch at hand: places among the rows that have an answer
     tail:Tail|None = None        # found with the first batch
@@ -367,15 +384,16 @@ class Capture:
         self.budget = self.budget or (1024 if self.model.get_input_embeddings().weight.device.type == 'cpu' else 8192)
     def __repr__(self): return f'Capture({type(self.model).__name__}, budget={self.budget}, share={self.share}, tail={self.tail})'
 
-    def prefix(self, rows):
-        "`(cache, P)` of the prefix that all `rows` share, or None with a note."
-        P = common_prefix(rows) if self.share else 0
-        if P < 4: return None
-        why = sharing_problem(self.model)
-        try:
-            if not why: return prefix_cache(self.model, rows[0].ids[:P]), P
-        except ModelError as e: why = str(e)
-        self.note(f'The common prefix of {P} tokens was computed in every row: {why}.')
+    def groups(self, rows):
+        "Which rows share which prefix; one that splits batches must save a batch."
+        return prefix_groups(rows, self.budget) if self.share else _whole(range(len(rows)))
+    def prefix(self, ids, before=None):
+        "`(cache, P)` of a prefix, `_Apart` when it must not be shared."
+        if why := sharing_problem(self.model): raise _Apart(why)
+        try: return prefix_cache(self.model, ids, *[before]*(before is not None)), len(ids)
+        except (ModelError, RuntimeError, MemoryError) as e:
+            if not isinstance(e, ModelError) and not out_of_memory(e): raise
+            raise _Apart(str(e) if isinstance(e, ModelError) else 'memory ran out when they were kept') from None
 
     def note(self, sentence):
         "Remember a sentence once."
@@ -407,22 +425,79 @@ def _plan(self, lengths):
     plan = plan_batches(lengths, self.budget)
     return one_length(plan, lengths) if stretching(self.model) else plan
 
-def _batches(self, rows):
-    "Yield (indices, hidden states) of every batch, longest rows first."
-    prefix, checked = self.prefix(rows), False
-    for index in self.plan(np.array(fed(self.model, rows))-(prefix[1] if prefix else 0)):
-        self.at, batch = index, [rows[i] for i in index]
-        relax(self.model, self.head)
-        hidden = self.hidden(batch, prefix)
-        if prefix and not checked:
-            checked, alone = True, self.hidden(batch[:2], None)
-            if not _agree(hidden, alone):
-                self.note(f'The common prefix of {prefix[1]} tokens was computed in every row: sharing it changed the hidden states.')
-                prefix, hidden = None, self.hidden(batch, None)
-        yield index, hidden
-    if prefix: self.note(f'The first {prefix[1]} tokens, the same in every row, were computed once.')
+Capture.hidden, Capture.plan = _hidden, _plan
 
-Capture.hidden, Capture.plan, Capture.batches = _hidden, _plan, _batches
+# %% ../nbs/10_capture.ipynb #06b3d49d
+def _halve(self, index, size, rows):
+    "A budget under which the batch `index` would have been split, with a note; a `ModelError` for a single row."
+    if len(index) == 1: raise ModelError(f'A row of {len(rows[index[0]])} tokens does not fit into memory, not even alone; set a smaller max_length (--max-length), a narrower dtype (--dtype bfloat16), or take a device with more memory.')
+    before, tokens = self.budget, len(index)*int(size[index].max())
+    while self.budget >= tokens: self.budget //= 2
+    self.note(f'Memory ran out in a batch of {tokens} tokens: the budget was halved from {before} to {self.budget} tokens, and the scan went on from there.')
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+
+def _in_batches(self, members, size, rows, factors):
+    "Yield what `factors(index)` yields for batches of `members`, (row number, factors); `size`: tokens to compute in each row."
+    left, done = np.asarray(members), set()
+    while len(left):
+        for index in [left[b] for b in self.plan(size[left])]:
+            self.at, full = index, False
+            try:
+                for i, f in factors(index): done.add(i); yield i, f
+            except (RuntimeError, MemoryError) as e:
+                if not out_of_memory(e): raise
+                full = True
+            if full: break
+        left = np.array([i for i in left if i not in done], int)
+        if full: self.halve(index, size, rows)
+
+Capture.halve, Capture.in_batches = _halve, _in_batches
+
+# %% ../nbs/10_capture.ipynb #c752b7ce
+def _prefixes(self, groups):
+    "Yield (prefix or None, does it go on from another?, row numbers) of every group; only the caches on the way to it are held."
+    path = []
+    for n, (ids, up, members) in enumerate(groups):
+        while path and path[-1][0] != up: path.pop()
+        path.append((n, self.prefix(ids, path[-1][1] if path else None) if len(ids) else None))
+        yield path[-1][1], up is not None, members
+
+def _checked(self, rows, prefix, kind, unseen, index):
+    "Yield (row number, factors) of a batch; the first of each kind in `unseen` is compared with two of its rows run unshared."
+    batch = [rows[i] for i in index]
+    relax(self.model, self.head)
+    hidden = self.hidden(batch, prefix)
+    if prefix and kind in unseen:
+        if not _agree(hidden, self.hidden(batch[:2], None)): raise _Apart('sharing changed the hidden states')
+        unseen.discard(kind)
+    room = max(1, self.room//max(1, self.head(hidden[0][:1]).shape[-1]))
+    for j, f in batch_factors(self.head, self.tail or Tail(), hidden, batch, room): yield index[j], f
+
+def _grouped(self, rows, groups, done):
+    "Yield (row number, factors), group by group."
+    size, unseen = np.array(fed(self.model, rows)), {True, False}
+    for prefix, kind, members in self.prefixes(groups):
+        for i, f in self.in_batches(members, size-(prefix[1] if prefix else 0), rows, partial(self.checked, rows, prefix, kind, unseen)): done.add(i); yield i, f
+        prefix = None  # or the next cache would be made beside this one
+
+def _said(groups, n, how):
+    "What was done with the prefixes of `n` rows, as a sentence."
+    cuts = sorted((len(ids), len(rows)) for ids, _, rows in groups if len(ids)); (a, k), b = cuts[0], cuts[-1][0]
+    if len(cuts) > 1: return f'{len(cuts)} prefixes of {a if a == b else f"{a} to {b}"} tokens, each the same in many rows, were {how}.'
+    if k < n: return f'The prefix of {a} tokens, the same in {k} rows, was {how}.'
+    return f'The first {a} tokens, the same in every row, were {how}.'
+
+def _shared(self, rows):
+    "Yield (row number, factors) of all rows, shared prefixes computed once where that is exact."
+    groups, done, n = self.groups(rows), set(), len(rows)
+    try: yield from self.grouped(rows, groups, done)
+    except _Apart as e:
+        self.note(_said(groups, n, f'computed in every row: {e}'))
+        yield from self.grouped(rows, _whole(i for i in range(n) if i not in done), done)
+    else:
+        if any(len(ids) for ids, *_ in groups): self.note(_said(groups, n, 'computed once'))
+
+Capture.prefixes, Capture.checked, Capture.grouped, Capture.shared = _prefixes, _checked, _grouped, _shared
 
 # %% ../nbs/10_capture.ipynb #0ec380c5
 @torch.no_grad()        # in every step of the generator; between them the caller's own mode holds
@@ -433,11 +508,8 @@ def capture_factors(
     "The gradient factors of every row, in the order of the batches; each is valid until the next is asked for."
     todo = [i for i, r in enumerate(rows) if r.tokens]
     with evaluating(self.model), ExitStack() as last:
-        room = None
         last.callback(relax, self.model, self.head)
-        for index, hidden in self.batches([rows[i] for i in todo]):
-            room = room or max(1, self.room//max(1, self.head(hidden[0][:1]).shape[-1]))
-            for j, f in batch_factors(self.head, self.tail or Tail(), hidden, [rows[todo[i]] for i in index], room): yield todo[index[j]], f
+        for i, f in self.shared([rows[i] for i in todo]): yield todo[i], f
 
 Capture.__call__ = capture_factors
 
@@ -614,6 +686,7 @@ class LayerCapture:
     room:int=2**26               # most supervised tokens x vocabulary entries held at once; a longer answer runs alone
     notes:list = field(default_factory=list)  # sentences about what was decided
     at:tuple = ()                # the batch at hand: places among the rows that have an answer
+    watch:bool = True            # look whether gradients flow? (in the first batch of a run)
 
     def __post_init__(self):
         self.head, (self.layer, self.module) = head_of(self.model), find_layer(self.model, self.layer)
@@ -624,6 +697,13 @@ class LayerCapture:
         self.notes.append(f'The gradient is that of the layer {self.layer}, by a backward pass.')
     def __repr__(self): return f'LayerCapture({type(self.model).__name__}, {self.layer!r}, budget={self.budget})'
 
+    def parts(self, rows, index):
+        "Yield (row number, factors) of a batch, as many of its rows at a time as have room."
+        for part in _groups([rows[i].tokens for i in index], self.tokens):
+            self.at = batch = [index[j] for j in part]
+            relax(self.model, self.head)
+            yield from zip(batch, self.factors([rows[i] for i in batch], self.watch))
+            self.watch = False
     def factors(self, rows, check=False):
         "Factors of each row of one batch."
         H, D, loss = backward_to(self.model, (self.layer, self.module), rows, check)
@@ -642,14 +722,9 @@ def layer_factors(
 ):                      # yields (index in `rows`, `GradFactors`), in batch order
     "The gradient factors of every row in the layer's weight; each is valid until the next is asked for."
     todo = [i for i, r in enumerate(rows) if r.tokens]
-    some, check = [rows[i] for i in todo], True
+    some, self.watch = [rows[i] for i in todo], True
     with evaluating(self.model), ExitStack() as last:
         last.callback(relax, self.model, self.head)
-        for index in self.plan(np.array(fed(self.model, some))):
-            for part in _groups([some[i].tokens for i in index], self.tokens):
-                self.at = batch = [index[j] for j in part]
-                relax(self.model, self.head)
-                for i, f in zip(batch, self.factors([some[i] for i in batch], check)): yield todo[i], f
-                check = False
+        for i, f in self.in_batches(range(len(some)), np.array(fed(self.model, some)), some, partial(self.parts, some)): yield todo[i], f
 
-LayerCapture.plan, LayerCapture.__call__ = _plan, layer_factors
+LayerCapture.plan, LayerCapture.halve, LayerCapture.in_batches, LayerCapture.note, LayerCapture.__call__ = _plan, _halve, _in_batches, Capture.note, layer_factors

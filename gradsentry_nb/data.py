@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READERS', 'ALPACA', 'EMPTY', 'reader', 'Layout', 'guess_layout', 'chat_parts', 'with_turns', 'Samples',
            'load_samples', 'as_samples', 'fingerprint', 'check_rows', 'fit', 'chat_spans', 'encode_samples',
-           'plan_batches', 'common_prefix']
+           'plan_batches', 'common_prefix', 'prefix_groups']
 
 # %% ../nbs/01_data.ipynb #885a401d
 import csv, gzip, hashlib, io, json, os, re, zlib
@@ -439,3 +439,48 @@ def common_prefix(
     lo, hi = (f(encoded, key=lambda e: e.ids[:max(most, 0)].tolist()).ids[:max(most, 0)] for f in (min, max))
     same = lo[:len(hi)] == hi[:len(lo)]
     return int(len(same) if same.all() else same.argmin())
+
+# %% ../nbs/01_data.ipynb #d2b8f96f
+def _forks(keys):
+    "(tokens, start, stop) of every run of sorted `keys` that begin alike, the widest first."
+    same = lambda a, b: int(np.append(a[:len(b)] != b[:len(a)], True).argmax())
+    out, stack = [], [(0, 0)]
+    for i, d in enumerate([*map(same, keys, keys[1:]), 0], 1):
+        a = i-1
+        while stack[-1][0] > d: n, a = stack.pop(); out.append((n, a, i))
+        if stack[-1][0] < d: stack.append((d, a))
+    return sorted(out, key=lambda x: (x[1], -x[2]))
+
+def _cuts(forks, total, least):
+    "Those forks that save enough over the cut they lie in, as [tokens, start, stop, number of the cut that they go on from]."
+    free, out, path = (lambda n, a, b: b-a == total and n >= 4), [], []
+    for n, a, b in forks:
+        while path and out[path[-1]][2] <= a: path.pop()
+        up = path[-1] if path else None
+        if free(n, a, b) or (b-a-1)*(n-(0 if up is None else out[up][0])) >= least: path.append(len(out)); out.append([n, a, b, up])
+    parts = [b-a for _, a, b, _ in out]              # rows and cuts right below each cut
+    for i in reversed(range(len(out))):              # a cut whose rows are nearly all in deeper ones saves little
+        n, a, b, up = out[i]
+        if up is not None: parts[up] -= b-a
+        if free(n, a, b) or (parts[i]-1)*(n-(0 if up is None else out[up][0])) >= least:
+            if up is not None: parts[up] += 1
+            continue
+        if up is not None: parts[up] += parts[i]
+        for c in out:
+            if c is not None and c[3] == i: c[3] = up
+        out[i] = None
+    return out
+
+def prefix_groups(
+    encoded,           # `Encoded` rows
+    least:int=1024,    # fewest tokens that a prefix must save
+):                     # list of (ids of the prefix, number of the group that it goes on from or None, array of row indices), parents first
+    "Which rows share which prefix, as a tree: every row is in the group of its longest one."
+    keys = [e.ids[:max(e.first-1, 0)] for e in encoded]
+    order = np.array(sorted(range(len(keys)), key=lambda i: keys[i].astype('>i4').tobytes()), int)
+    cuts, group = _cuts(_forks([keys[i] for i in order]), len(keys), least), np.full(len(keys), -1)
+    for i, c in enumerate(cuts):
+        if c: group[c[1]:c[2]] = i                   # deeper ones come later
+    kept = [i for i, c in enumerate(cuts) if c]; number, rest = {i: n for n, i in enumerate(kept)}, np.sort(order[group < 0])
+    out = [(keys[order[cuts[i][1]]][:cuts[i][0]], number.get(cuts[i][3]), np.sort(order[group == i])) for i in kept]
+    return out + [(np.zeros(0, np.int32), None, rest)]*(len(rest) > 0)

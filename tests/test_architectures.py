@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as tf
 
-from gradsentry_nb.capture import Capture, Tail, dense_gradient, factor_rows, head_of
+from gradsentry_nb.capture import Capture, LayerCapture, Tail, dense_gradient, factor_rows, head_of
 from gradsentry_nb.core import Encoded, ModelError, seed_for
 from gradsentry_nb.spectrum import row_roots, spectral_entropy, statistics, svals
 
@@ -257,6 +257,156 @@ def test_a_cache_with_attention_and_a_state_is_not_shared():
     capture = Capture(model, budget=200)
     for i, f in capture(rows): assert gradient_gap(f, dense_gradient(model, rows[i])) < 1e-5
     assert 'is not attention' in capture.notes[0]
+
+
+# ---- several prefixes
+
+def mixed_rows(name, head=WINDOW+8, tail=5, n=10):
+    "Two instructions and none after one system prompt, one without it, and rows that begin on their own; shuffled."
+    rng = np.random.default_rng(seed_for('mixed', name)); draw = lambda k: rng.integers(3, V, k)
+    system, starts = draw(head), [draw(k) for k in (tail, tail+3, WINDOW-3)]
+    starts = [np.r_[system, starts[0]], np.r_[system, starts[1]], system, starts[2], starts[2][:0]]
+    rows = []
+    for s in starts:
+        for i in range(n if len(s) else 3):
+            a, t = int(rng.integers(1, 9)), int(rng.integers(1, 9))
+            rows.append(row(np.r_[s, draw(a+t)], (len(s)+a, len(s)+a+t)))
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_tree_of_prefixes_is_exact_or_said(name):
+    "Two levels and two instructions: the gradient of each row, and its statistics without sharing."
+    model, rows = made(name, torch.float32), mixed_rows(name)
+    capture, apart = Capture(model, budget=40), {i: row_statistics(f) for i, f in Capture(model, budget=40, share=False)(rows)}
+    groups = capture.groups(rows)
+    assert sorted(len(ids) for ids, *_ in groups) == [0, WINDOW-3, WINDOW+8, WINDOW+13, WINDOW+16] and sum(up is not None for _, up, _ in groups) == 2
+    seen = []
+    for i, f in capture(rows):
+        seen.append(i)
+        together = row_statistics(f)
+        assert gradient_gap(f, dense_gradient(model, rows[i])) < 1e-5
+        assert abs(together['entropy']-apart[i]['entropy']) < 1e-4
+        assert abs(together['log_volume']-apart[i]['log_volume']) < 1e-4*max(1, apart[i]['log_volume'])
+    assert sorted(seen) == list(range(len(rows)))
+    said, = capture.notes
+    assert said.startswith(f'4 prefixes of {WINDOW-3} to {WINDOW+16} tokens') and ('computed once' if name in SHARED else 'computed in every row') in said
+
+
+@pytest.mark.parametrize('name', ['llama', 'mistral'])
+def test_shared_tokens_are_not_computed_again(name):
+    "Tokens that the model is called with: each prefix once, each row from the end of its prefix on, and two rows of each kind in full as a check."
+    model, rows = made(name, torch.float32), mixed_rows(name)
+    calls, handle = [], model.get_input_embeddings().register_forward_hook(lambda m, args, out: calls.append(args[0].shape))
+    try: capture = Capture(model, budget=40); list(capture(rows))
+    finally: handle.remove()
+    groups = capture.groups(rows)
+    once = [len(ids)-(len(groups[up][0]) if up is not None else 0) for ids, up, _ in groups if len(ids)]
+    assert all((1, n) in [tuple(c) for c in calls] for n in once)
+    full = sum(a*b for a, b in calls if b > WINDOW+8+6)
+    assert full <= 4*(WINDOW+16+18), 'only the checks see whole rows'
+    assert sum(a*b for a, b in calls) < .6*sum(r.last for r in rows)
+
+
+@pytest.mark.parametrize('bad', [False, True], ids=['first', 'continued'])
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'mistral'])
+def test_a_wrong_cache_in_the_tree_is_noticed(name, bad, monkeypatch):
+    "Of both kinds, a prefix from the start and one that goes on from another, the first batch is also run unshared."
+    from gradsentry_nb import capture as module
+    honest = module.prefix_cache
+    def wrong(model, ids, before=None):
+        cache = honest(model, ids, before)
+        if (before is not None) is bad: cache.layers[0].values = cache.layers[0].values*1.2
+        return cache
+    monkeypatch.setattr(module, 'prefix_cache', wrong)
+    model, rows = made(name, torch.float32), mixed_rows(name)
+    capture, seen = Capture(model, budget=40), []
+    for i, f in capture(rows): seen.append(i); assert gradient_gap(f, dense_gradient(model, rows[i])) < 1e-5
+    assert sorted(seen) == list(range(len(rows))) and len(capture.notes) == 1 and 'sharing changed the hidden states' in capture.notes[0]
+
+
+def test_caches_are_dropped(monkeypatch):
+    "No more than the path to the group at hand is held."
+    import gc, weakref
+    from gradsentry_nb import capture as module
+    honest, alive, most = module.prefix_cache, weakref.WeakSet(), []
+    def counted(*args):
+        cache = honest(*args); alive.add(cache.layers[0].values); gc.collect(); most.append(len(alive))
+        return cache
+    monkeypatch.setattr(module, 'prefix_cache', counted)
+    list(Capture(made('llama', torch.float32), budget=40)(mixed_rows('llama')))
+    assert len(most) == 4 and max(most) <= 2
+
+
+# ---- memory that runs out
+
+class Small:
+    "A model whose device holds `most` tokens in a pass."
+    def __init__(self, model, most, error): self.model, self.most, self.error, self.calls = model, most, error, []
+    def __enter__(self): self.handle = self.model.get_input_embeddings().register_forward_hook(self.look); return self
+    def __exit__(self, *_): self.handle.remove()
+    def look(self, module, args, out):
+        self.calls.append(args[0].numel())
+        if args[0].numel() > self.most: raise self.error
+        return out
+
+
+FULL = [torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), MemoryError()]
+
+def captures(name, kind, budget):
+    model = made(name, torch.float32)
+    return Capture(model, budget) if kind == 'head' else LayerCapture(model, 'layers.1.mlp.down_proj', budget)
+
+
+@pytest.mark.parametrize('error', FULL, ids=['device', 'processor', 'python'])
+@pytest.mark.parametrize('kind', ['head', 'layer'])
+def test_memory_that_runs_out_halves_the_budget(kind, error):
+    rows = rows_for('llama')
+    base = {i: f.dense().clone() for i, f in captures('llama', kind, 400)(rows)}
+    capture = captures('llama', kind, 400)
+    before = list(capture.notes)
+    with Small(capture.model, 120, error) as device: seen = [(i, f.dense().clone()) for i, f in capture(rows)]
+    assert sorted(i for i, _ in seen) == list(range(len(rows))), 'every row, each once'
+    for i, G in seen: assert (G-base[i]).norm() < 1e-5*base[i].norm()
+    said = [n for n in capture.notes if n not in before]
+    assert capture.budget == 100 and len(said) == sum(c > 120 for c in device.calls) == 2, said
+    assert 'halved from 400 to 200' in said[0] and 'halved from 200 to 100' in said[1]
+
+
+def test_memory_that_runs_out_among_the_factors(monkeypatch):
+    "Rows of the batch that were handed out already are not scored again."
+    from gradsentry_nb import capture as module
+    honest, left = module.factor_rows, [2]
+    def tight(*args):
+        left[0] -= 1
+        if left[0] == 0: raise FULL[0]
+        return honest(*args)
+    monkeypatch.setattr(module, 'factor_rows', tight)
+    rows = rows_for('llama')
+    capture = Capture(made('llama', torch.float32), 400, room=50*V)
+    seen = [i for i, f in capture(rows) if gradient_gap(f, truth('llama', torch.float32)[i]) < 1e-5]
+    assert sorted(seen) == list(range(len(rows))) and capture.budget == 200 and len(capture.notes) == 1
+
+
+def test_memory_that_runs_out_in_a_shared_run():
+    model, rows = made('llama', torch.float32), mixed_rows('llama')
+    capture = Capture(model, budget=80)
+    with Small(model, 60, FULL[0]): seen = {i: f.dense().clone() for i, f in capture(rows)}
+    assert sorted(seen) == list(range(len(rows))) and capture.budget == 40 and len(capture.notes) == 2
+    for i, G in seen.items(): assert (G-dense_gradient(model, rows[i])).norm() < 1e-5*G.norm()
+
+
+@pytest.mark.parametrize('kind', ['head', 'layer'])
+def test_a_row_that_does_not_fit_alone_is_named(kind):
+    rows = rows_for('llama')
+    capture = captures('llama', kind, 400)
+    with Small(capture.model, 20, FULL[0]), pytest.raises(ModelError, match=f'A row of {max(map(len, rows))} tokens does not fit into memory.*max_length'): list(capture(rows))
+
+
+def test_other_errors_are_not_taken_for_memory():
+    capture = captures('llama', 'head', 400)
+    with Small(capture.model, 20, RuntimeError('boom')), pytest.raises(RuntimeError, match='boom'): list(capture(rows_for('llama')))
+    assert capture.notes == [] and capture.budget == 400
 
 
 # ---- the oracle itself

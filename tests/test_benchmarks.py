@@ -18,12 +18,44 @@ def beside():
     if not speed.MODEL.exists(): pytest.skip('the data and the model beside the project (../shared) are not here')
 
 
-def test_speed_table_is_measured_side_by_side(beside):
-    t = speed.speed(48, 2)
-    assert list(t['method']) == list(speed.METHODS) and (t['rows'] == 48).all() and (t['rows_per_second'] > 0).all()
-    rate = t['rows_per_second'].to_numpy()
-    np.testing.assert_allclose(t['times_faster_than_published'], rate/rate[0], rtol=.02, atol=.01)
-    np.testing.assert_allclose(t['time_over_plain_forward'], rate[1]/rate, rtol=.02, atol=.01)
+def test_speed_table_is_measured_side_by_side(beside, monkeypatch):
+    some = ['64 tokens, 50% shared', 'the mix under three instructions']
+    monkeypatch.setattr(speed, 'sets', lambda *a, every=speed.sets: {k: v for k, v in every(*a).items() if k in some})
+    table = speed.speed(48, 2, 512)
+    assert list(dict.fromkeys(table['set'])) == ['published WebQA mix', *some] and (table['rows_per_second'] > 0).all()
+    for name, t in table.groupby('set', sort=False):
+        assert list(t['method']) == [*(speed.METHODS if name not in some else (speed.PUBLISHED, speed.PLAIN, speed.OURS)), speed.FLOOR]
+        rate = t['rows_per_second'].to_numpy()
+        np.testing.assert_allclose(t['times_faster_than_published'], rate/rate[0], rtol=.02, atol=.01)
+        np.testing.assert_allclose(t['time_over_plain_forward'], rate[1]/rate, rtol=.02, atol=.01)
+    mix = table[table['set'] == 'published WebQA mix']
+    assert (mix['rows'] == 48).all() and (table['peak_mb'].dropna() > 100).all()
+    parts = table[['transformer', 'head', 'spectrum', 'rest']].dropna()
+    assert len(parts) == 1 and table.loc[parts.index[0], 'method'] == speed.OURS and abs(parts.iloc[0].sum()-1) < .01 and (parts > 0).all(axis=None)
+
+
+def test_sets_of_the_speed_table():
+    rng = np.random.default_rng(0)
+    pool = [speed.Encoded(np.r_[5, 6, 7, 8, 9, rng.integers(10, 9999, n+3)].astype(np.int32), np.arange(n+8) >= n+5) for n in range(40, 80)]
+    sets = speed.sets(pool, 2**12)
+    assert len(sets) == 10
+    for name, (rows, longest) in sets.items():
+        assert all(e.tokens == 3 for e in rows), name
+        if 'shared' not in name: continue
+        n, share = name.replace(',', '').split(' tokens '); want = int(int(n)*float(share.split('%')[0])/100)
+        assert len(rows) == max(4, 2**12//int(n)) and want <= speed.common_prefix(rows) <= want+3 and {e.first for e in rows} == {int(n)} == {longest}, name
+    rows, _ = sets['the mix under three instructions']
+    assert len({tuple(e.ids[:5]) for e in rows}) == 3 and len(rows) == 40
+
+
+def test_operations_of_the_floor():
+    "By hand, for a model of one layer: 4 squares of attention and 3 of the rest, 2 operations a weight."
+    import transformers as tf
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+    row = lambda *ids: speed.Encoded(np.array(ids, np.int32), np.arange(len(ids)) >= len(ids)-2)
+    count = lambda tokens, context, heads: 2*7*64*tokens + 4*8*context + 2*50*8*heads
+    assert speed.operations(model, [row(1, 2, 3, 4, 5, 6)]) == count(5, 15, 2), 'the last token need not be read'
+    assert speed.operations(model, [row(1, 2, 3, 4, 5, 6), row(1, 2, 3, 7, 5, 6)]) == count(5+2, 15+4+5, 4), 'what both begin with is computed once, up to the token that predicts'
 
 
 def test_repeated_rows_differ(beside):

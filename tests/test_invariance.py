@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings, strategies as st
 
 from gradsentry_nb.capture import Capture, GradFactors, LongFactors, dense_gradient, inner
 from gradsentry_nb.core import Encoded
-from gradsentry_nb.data import common_prefix, encode_samples, fit, load_samples, plan_batches
+from gradsentry_nb.data import common_prefix, encode_samples, fit, load_samples, plan_batches, prefix_groups
 from gradsentry_nb.spectrum import (EPS, STATISTICS, WINDOW, effective_rank, entropy_bound, entropy_by_length, log_volume,
                                     row_roots, sketch, spectral_entropy, statistics, surprise_kernel, svals, window_loss)
 
@@ -106,6 +106,50 @@ def test_common_prefix_is_the_longest_safe_one(parts, start):
     slow = 0
     while len(rows) > 1 and all(slow < r.first-1 for r in rows) and len({int(r.ids[slow]) for r in rows}) == 1: slow += 1
     assert P == slow
+
+
+starts = st.sampled_from([[], [3], [3, 5, 7, 9], [3, 5, 7, 9, 9, 9], [3, 5, 7, 9, 9, 8, 8], [3, 5, 7, 9, 9, 8, 8, 1, 2, 3], [6]*12, [6]*9])
+grouped = st.lists(st.tuples(starts, row_of), max_size=30).map(lambda x: [fit(s+p, a, 99) for s, (p, a) in x])
+
+def cost(groups, rows):
+    "Tokens to compute, and the prefixes."
+    own = [len(ids)-(len(groups[up][0]) if up is not None else 0) for ids, up, _ in groups]
+    return sum(own)+sum(len(rows[i])-len(ids) for ids, _, members in groups for i in members), sum(n > 0 for n in own)
+
+
+@settings(max_examples=200)
+@given(grouped, st.integers(0, 60), st.randoms(use_true_random=False))
+def test_prefix_groups_are_a_tree_over_all_rows(rows, least, random):
+    groups = prefix_groups(rows, least)
+    assert sorted(i for *_, members in groups for i in members) == list(range(len(rows)))
+    for n, (ids, up, members) in enumerate(groups):
+        for i in members: assert rows[i].ids[:len(ids)].tolist() == ids.tolist() and len(ids) <= max(rows[i].first-1, 0)
+        if up is not None: assert up < n and 0 < len(groups[up][0]) < len(ids) and ids[:len(groups[up][0])].tolist() == groups[up][0].tolist()
+    path = []                                       # a group comes while the one that it goes on from is still held
+    for n, (_, up, _) in enumerate(groups):
+        while path and path[-1] != up: path.pop()
+        assert up is None or path
+        path.append(n)
+    tokens, k = cost(groups, rows)
+    assert tokens <= sum(map(len, rows))-least*max(0, k-1), 'every cut but that of all rows saves `least`'
+    order = list(range(len(rows))); random.shuffle(order)
+    moved = prefix_groups([rows[i] for i in order], least)
+    assert [(a.tolist(), u, sorted(order[j] for j in m)) for a, u, m in moved] == [(a.tolist(), u, m.tolist()) for a, u, m in groups]
+
+
+def test_prefix_groups_find_what_is_worth_a_cut():
+    "A system prompt and three instructions; a few rows more or less change which cuts pay."
+    rng = np.random.default_rng(0); draw = lambda n: rng.integers(0, 99, n).tolist()
+    system, three = [100, *draw(39)], [[101+i, *draw(29)] for i in range(3)]
+    make = lambda n, k=3: [fit([*system, *three[i % k], 110+i], [1, 2], 999) for i in range(n)]
+    shape = lambda rows, least: sorted((len(ids), up is not None, len(m)) for ids, up, m in prefix_groups(rows, least))
+    assert shape(make(60), 256) == [(40, False, 0)] + [(70, True, 20)]*3
+    assert shape(make(24), 256) == [(40, False, 24)], '7 times 30 tokens are not worth a pass'
+    assert shape(make(60, 1), 256) == [(70, False, 60)], 'one instruction: its system prompt is no cut of its own'
+    other = [fit([120, 7, 7, 7, 7], [1, 2], 99)]
+    assert shape([*make(60), *other], 79) == [(0, False, 1), (40, False, 0)] + [(70, True, 20)]*3
+    assert shape([*make(60), *other], 81) == [(0, False, 1)] + [(70, False, 20)]*3, 'the system prompt would be computed 3 times instead of once: 80 tokens'
+    assert prefix_groups([]) == [] and shape(other, 0) == [(0, False, 1)], 'a row alone shares nothing'
 
 
 # ---- what a tokenizer or a file may do differently
