@@ -114,7 +114,10 @@ class StoredScan(Scan):
         self.folder, self.about, self.part, self.at, self.said = Path(folder), identity(self), None, (), []
         self.stored = set()                       # numbers of the chunks that are in the folder
         check_out(self.folder); self.open()
-    def __len__(self): return sum(len(self.plan[n]) for n in self.stored)+len(self.part or ())
+    def __len__(self):
+        "Rows done, those of the chunk at hand among them."
+        now = () if self.part is None else (*self.part.rows, *self.part.pending)
+        return len(self.rows)+sum(self.at[i] not in self.rows for i in now)
     def __repr__(self): return f'StoredScan({len(self):,} of {self.total:,} rows done, {len(self.stored)} of {len(self.plan)} chunks in {visible(self.folder.name)})'
     @property
     def at_hand(self)->list: return self.part.at_hand if self.part is not None else []
@@ -164,17 +167,19 @@ def _read(self, path):
     path.unlink()
 
 def _keep_chunk(self, n):
-    "Write the chunk at hand, which is number `n`."
-    data = chunk_bytes({self.at[i]: r for i, r in self.part.rows.items()}, self.part.capture.notes)
+    "Write the chunk at hand, which is number `n`, if any of its rows has a score."
+    rows, notes = {self.at[i]: r for i, r in self.part.rows.items()}, self.part.capture.notes
+    data = chunk_bytes(rows, notes)
+    self.rows.update(chunk_rows(data)[0]); self.note(notes); self.part = None
+    if all('problem' in r for r in rows.values()): return
     try:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder/MANIFEST).exists(): write_whole(self.folder/MANIFEST, json.dumps(self.about, indent=1).encode())
-        write_whole(path := self.folder/f'{n:06d}-{_digest(data)}.parquet', data)
+        write_whole(self.folder/f'{n:06d}-{_digest(data)}.parquet', data)
     except OSError as e:
         kept = sum(len(self.plan[n]) for n in self.stored)
         raise DataError(f'{visible(self.folder)}: scores cannot be written there: {visible(e.strerror or e)}; {kept:,} of {self.total:,} rows are kept there, and the same scan goes on after them.') from e
-    self.part = None
-    self.read(path)
+    self.stored.add(n)
 
 StoredScan.open, StoredScan.read, StoredScan.keep = _open, _read, _keep_chunk
 

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 
 from gradsentry_nb import cli, stream
-from gradsentry_nb.core import DataError, Sample, SettingError
+from gradsentry_nb.core import DataError, ModelError, Sample, SettingError
 from gradsentry_nb.data import load_samples
 from gradsentry_nb.demo import demo_model, demo_model_path, demo_path
 from gradsentry_nb.sentry import Scan, ScanInterrupted, Sentry
@@ -155,6 +155,13 @@ def test_a_layer(demo, rows, tmp_path):
     one = scan_to(sentry, rows[:30], tmp_path/'one', False)
     begun(sentry, rows[:30], tmp_path/'two', 20)
     same(scan_to(sentry, rows[:30], tmp_path/'two', False), one)
+
+
+def test_a_model_that_gives_nothing_leaves_nothing(rows, tmp_path):
+    model, tokenizer = demo_model()
+    with torch.no_grad(): model.model.norm.weight.fill_(float('nan'))
+    with pytest.raises(ModelError, match='every row'): scan_to(Sentry(model, tokenizer, budget=64), rows, tmp_path/'scan', False)
+    assert not (tmp_path/'scan').exists()
 
 
 # ---- refused
