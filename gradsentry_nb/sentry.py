@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'CHUNK', 'NOT_FINITE', 'NO_GRADIENT', 'Settings', 'of_adapter', 'settings_for', 'load_model',
-           'ScanInterrupted', 'Sentry', 'Scan', 'verdict_of']
+           'model_fingerprint', 'ScanInterrupted', 'Sentry', 'Scan', 'run_scan', 'verdict_of']
 
 # %% ../nbs/13_sentry.ipynb #91449a61
 import math, re
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 
 from .capture import Capture, LayerCapture, check_vocabulary, positions
-from .core import ModelError, Scores, SettingError, Verdict, choose, ticking, visible
+from .core import ModelError, Scores, SettingError, Verdict, choose, content_hash, ticking, visible
 from .data import EMPTY, Samples, as_samples, encode_samples, fingerprint
 from .spectrum import STATISTICS, WINDOW, row_roots, statistics
 from .textstats import text_columns
@@ -127,6 +127,14 @@ def _why_not(name, e):
     if 'safetensors' in str(e): return f'{visible(name)} has no safetensors weights; convert them, or allow pickled ones with allow_pickle=True (--allow-pickle) if you trust them.'
     if 'Unrecognized configuration' in str(e) or 'AutoModelForCausalLM' in str(e): return f'{visible(name)} is no causal language model with an output projection; use one that generates text.'
     return f'{visible(name)} cannot be loaded as a model ({type(e).__name__}: {text}); give a folder with config.json and safetensors, or a hub name.'
+
+# %% ../nbs/13_sentry.ipynb #6c388c8b
+def model_fingerprint(
+    model,            # any torch module
+)->str:               # 12 hexadecimal digits
+    "A short name for the weights of a model, from up to 64 entries of each."
+    some = lambda p: '' if p.device.type == 'meta' else p.detach().reshape(-1)[::max(1, p.numel()//64)].float().cpu().numpy().tobytes().hex()
+    return content_hash([(n, list(p.shape), some(p)) for n, p in model.state_dict().items() if p.is_floating_point()])
 
 # %% ../nbs/13_sentry.ipynb #375ff1d8
 CHUNK = 256  # rows whose roots are kept before they are decomposed together
@@ -243,9 +251,10 @@ class Scan:
     def __init__(self,
         sentry:Sentry,
         samples,           # `Samples`, or anything that `load_samples` reads
+        encoded=None,      # their `Encoded` rows, where they are at hand
     ):
         self.sentry, self.samples = sentry, as_samples(samples)
-        self.encoded, self.capture = sentry.encode(self.samples), sentry.capture()
+        self.encoded, self.capture = encoded or sentry.encode(self.samples), sentry.capture()
         self.rows, self.pending = {}, {}    # index -> statistics of finished rows; roots of rows that wait for them
         self.total = sum(e.tokens > 0 for e in self.encoded)                   # rows with an answer
     def __len__(self): return len(self.rows)+len(self.pending)                  # rows done
@@ -280,20 +289,27 @@ class Scan:
         return _checked(Scores(self.frame(range(len(self.samples))), self.sentry.info(self.samples, notes)))
 
 # %% ../nbs/13_sentry.ipynb #7198c90a
-def _score(self,
-    samples,            # `Samples`, or anything that `load_samples` reads
+def run_scan(
+    scan:Scan,          # rows that it has already count as done
     progress=True,      # True for a bar, False for silence, or a callable (done, total)
 )->Scores:
-    "Score every row; rows that cannot be scored keep their place with a `problem`."
-    scan = Scan(self, samples)
+    "Go through a scan to its end; what an interrupted one has done is in `ScanInterrupted.scores`."
     tick, close = _bar(scan.encoded, progress)
     try:
+        for i in list(scan.rows): tick(i)
         for i in scan: tick(i)
     except KeyboardInterrupt:
-        self.partial = scan.partial()
-        raise ScanInterrupted(self.partial) from None
+        scan.sentry.partial = scan.partial()
+        raise ScanInterrupted(scan.sentry.partial) from None
     finally: close()
     return scan.scores()
+
+def _score(self,
+    samples,            # `Samples`, or anything that `load_samples` reads
+    progress=True,      # as in `run_scan`
+)->Scores:
+    "Score every row; rows that cannot be scored keep their place with a `problem`."
+    return run_scan(Scan(self, samples), progress)
 
 # %% ../nbs/13_sentry.ipynb #eaca1ab4
 def _notes(encoded, tokenizer):
@@ -323,11 +339,12 @@ def _filter(self,
     samples,               # `Samples`, or anything that `load_samples` reads
     known_clean=None,      # rows that are known to be clean, for threshold='calibrated'
     progress=True,         # as in `score`
+    score=None,            # what scores the rows, called with them and `progress`; default: `self.score`
 )->Verdict:
     "Score the rows and draw the cut."
     need_clean(self.settings.threshold, known_clean)
     clean = self.known(known_clean, progress) if known_clean is not None else None
-    scores = self.score(samples, progress)
+    scores = (score or self.score)(samples, progress)
     try: return verdict_of(scores, self.settings, clean)
     except KeyboardInterrupt: raise ScanInterrupted(scores) from None
 

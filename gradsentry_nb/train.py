@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SCHEDULES', 'TRAIN_PRESETS', 'TrainSettings', 'train_settings', 'method', 'train_rows', 'collate',
-           'with_prefix', 'GroupedOrder', 'seeded', 'last_checkpoint', 'model_fingerprint', 'FineTuned', 'finetune']
+           'with_prefix', 'GroupedOrder', 'seeded', 'last_checkpoint', 'FineTuned', 'finetune']
 
 # %% ../nbs/40_train.ipynb #1044d882
 import copy, json, random, shutil, tempfile, warnings
@@ -17,6 +17,7 @@ import numpy as np, pandas as pd, torch
 from .capture import check_vocabulary, head_of, positions, prefix_cache, sharing_problem, text_config
 from .core import DataError, ModelError, SettingError, choose, content_hash, seed_for
 from .data import as_samples, common_prefix, encode_samples
+from .sentry import model_fingerprint
 
 # %% ../nbs/40_train.ipynb #aeddc493
 METHODS = {}    # name -> function(model, settings) that makes a model trainable
@@ -204,13 +205,6 @@ def last_checkpoint(
         except (OSError, ValueError, KeyError): return False
     found = [p for p in Path(out).glob('checkpoint-*') if p.name.split('-')[1].isdigit()]
     return max(filter(whole, found), key=lambda p: int(p.name.split('-')[1]), default=None)
-
-def model_fingerprint(
-    model,            # any torch module
-)->str:               # 12 hexadecimal digits
-    "A short name for the weights of a model, from up to 64 entries of each."
-    some = lambda p: p.detach().reshape(-1)[::max(1, p.numel()//64)].float().cpu().numpy().tobytes().hex()
-    return content_hash([(n, list(p.shape), some(p)) for n, p in model.state_dict().items() if p.is_floating_point()])
 
 def _identity(model, encoded, s, seed):
     "What makes a run this run: its settings, its rows, and a trace of the weights it starts from."

@@ -1,0 +1,422 @@
+"""Scans that are killed, stopped, refused and cut short go on from what was written; an estimate is near the truth."""
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+
+from gradsentry_nb import cli, stream
+from gradsentry_nb.core import DataError, ModelError, Sample, SettingError
+from gradsentry_nb.data import load_samples
+from gradsentry_nb.demo import demo_model, demo_model_path, demo_path
+from gradsentry_nb.sentry import Scan, ScanInterrupted, Sentry
+from gradsentry_nb.stream import MANIFEST, PART, StoredScan, chunk_bytes, chunk_plan, chunk_rows, estimate, forget, scan_to, spread, write_whole
+
+
+@pytest.fixture(scope='module')
+def demo():
+    "The demo's model and tokenizer."
+    return demo_model()
+
+
+@pytest.fixture(scope='module')
+def sentry(demo): return Sentry(*demo, name='demo', budget=64)   # chunks of about 13 rows
+
+
+@pytest.fixture(scope='module')
+def rows(): return load_samples(demo_path())[:60]
+
+
+@pytest.fixture(scope='module')
+def whole(sentry, rows, tmp_path_factory):
+    "The scores of a scan that nothing disturbed."
+    return scan_to(sentry, rows, tmp_path_factory.mktemp('whole')/'scan', False)
+
+
+def same(a, b):
+    "Are two frames the same to the last bit?"
+    pd.testing.assert_frame_equal(a.frame, b.frame, check_exact=True)
+    assert a.info == b.info
+
+
+def stop_at(n):
+    def tell(done, total):
+        if done == n: raise KeyboardInterrupt
+    return tell
+
+
+def begun(sentry, rows, folder, n=40):
+    "A scan that was stopped after `n` rows, and the chunks that it left."
+    with pytest.raises(ScanInterrupted) as e: scan_to(sentry, rows, folder, stop_at(n))
+    assert len(e.value.scores) == n
+    return sorted(folder.glob('*.parquet'))
+
+
+# ---- chunks
+
+def test_plan_covers_every_row_once():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = rng.integers(1, 30, rng.integers(0, 40)).tolist()
+        plan = chunk_plan(lengths, 40)
+        assert sum(plan, []) == list(range(len(lengths)))
+        assert all(len(c) == 1 or sum(lengths[i] for i in c) <= 40 for c in plan)
+
+
+def test_a_row_comes_back_as_it_was():
+    "Numbers keep their bits, and NaN, infinities and what is missing stay what they are."
+    rows = {7: dict(tokens=3, entropy=float(np.nextafter(.1, 1)), log_volume=float('nan'), loss=float('inf'), window_start=0, window_stop=2**40), 9: dict(problem='broken ‹x›')}
+    back, notes = chunk_rows(chunk_bytes(rows, ['a', 'b']))
+    assert list(back) == [7, 9] and notes == ['a', 'b'] and back[9] == rows[9] and np.isnan(back[7].pop('log_volume'))
+    assert back[7] == {k: v for k, v in rows[7].items() if k != 'log_volume'} and isinstance(back[7]['window_stop'], int)
+
+
+@pytest.mark.parametrize('call', ['fsync', 'replace'])
+@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'), KeyboardInterrupt()], ids=['full', 'interrupt'])
+def test_a_write_that_fails_changes_nothing(tmp_path, monkeypatch, call, error):
+    (tmp_path/'a').write_bytes(b'first')
+    def fail(*_): raise error
+    monkeypatch.setattr(stream.os, call, fail)
+    with pytest.raises(type(error)): write_whole(tmp_path/'a', b'second')
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {'a': b'first'}
+
+
+# ---- stopped and begun again
+
+@pytest.mark.parametrize('n', [1, 13, 40, 59, 60])
+def test_stopped_and_begun_again(sentry, rows, whole, tmp_path, n):
+    before = begun(sentry, rows, tmp_path/'scan', n)
+    told = []
+    again = scan_to(sentry, rows, tmp_path/'scan', False, told.append)
+    same(again, whole)
+    kept = StoredScan(sentry, rows, tmp_path/'scan')
+    assert len(kept) == kept.total == 60 and {p.name for p in before} <= {p.name for p in (tmp_path/'scan').iterdir()}
+    if before: assert len(told) == 1 and f'{sum(len(kept.plan[i]) for i in range(len(before)))} of 60 rows' in told[0]
+    else: assert not told
+
+
+def test_only_the_rest_is_computed(sentry, rows, whole, tmp_path, monkeypatch):
+    chunks = begun(sentry, rows, tmp_path/'scan')
+    plan = StoredScan(sentry, rows, tmp_path/'scan').plan
+    seen, capture = [], Sentry.capture
+    class Watched:
+        def __init__(self, inner): self.inner = inner
+        def __getattr__(self, name): return getattr(self.inner, name)
+        def __call__(self, rows): seen.append(len(rows)); return self.inner(rows)
+    monkeypatch.setattr(Sentry, 'capture', lambda self: Watched(capture(self)))
+    same(scan_to(sentry, rows, tmp_path/'scan', False), whole)
+    assert seen == [len(c) for c in plan[len(chunks):]]
+    seen.clear()
+    same(scan_to(sentry, rows, tmp_path/'scan', False), whole)
+    assert not seen, 'a finished scan was computed again'
+
+
+def test_near_to_a_plain_scan(sentry, rows, whole):
+    plain = sentry.score(rows, False)
+    assert list(plain.frame.dtypes) == list(whole.frame.dtypes) and plain.info == whole.info
+    np.testing.assert_allclose(whole.frame['score'], plain.frame['score'], rtol=1e-4)
+    np.testing.assert_allclose(whole.frame['entropy'], plain.frame['entropy'], rtol=1e-5)
+
+
+def test_other_numbers_of_threads(sentry, rows, whole, tmp_path):
+    "The same plan on more threads: not the same bytes, but the same to six digits after the point."
+    before = torch.get_num_threads()
+    begun(sentry, rows, tmp_path/'scan')
+    try:
+        torch.set_num_threads(2 if before == 1 else 1)
+        again = scan_to(sentry, rows, tmp_path/'scan', False)
+    finally: torch.set_num_threads(before)
+    np.testing.assert_allclose(again.frame['score'], whole.frame['score'], rtol=1e-6, atol=1e-6)
+
+
+def test_rows_without_a_score(sentry, tmp_path):
+    "Empty answers are in no chunk, and a set of nothing else needs no folder."
+    rows = [Sample(f'{i:012x}-0', f'Where is number {i}?', '' if i % 3 else f'near {i}', i) for i in range(12)]
+    scores = scan_to(sentry, rows, tmp_path/'scan', False)
+    assert scores.scorable.tolist() == [i % 3 == 0 for i in range(12)]
+    same(scan_to(sentry, rows, tmp_path/'scan', False), scores)
+    scan_to(sentry, [r for r in rows if not r.response], tmp_path/'none', False)
+    assert not (tmp_path/'none').exists()
+
+
+def test_a_layer(demo, rows, tmp_path):
+    sentry = Sentry(*demo, layer='layers.0.mlp.down_proj', budget=64)
+    one = scan_to(sentry, rows[:30], tmp_path/'one', False)
+    begun(sentry, rows[:30], tmp_path/'two', 20)
+    same(scan_to(sentry, rows[:30], tmp_path/'two', False), one)
+
+
+def test_a_model_that_gives_nothing_leaves_nothing(rows, tmp_path):
+    model, tokenizer = demo_model()
+    with torch.no_grad(): model.model.norm.weight.fill_(float('nan'))
+    with pytest.raises(ModelError, match='every row'): scan_to(Sentry(model, tokenizer, budget=64), rows, tmp_path/'scan', False)
+    assert not (tmp_path/'scan').exists()
+
+
+# ---- refused
+
+def changed(demo, **changes): return Sentry(*demo, name='demo', **{'budget': 64, **changes})
+
+
+@pytest.mark.parametrize('changes, says', [(dict(k=8), 'k (16 before, 8 now)'), (dict(crop=2), 'crop (1 before, 2 now)'), (dict(window=5), 'window'), (dict(budget=128), 'budget (64 before, 128 now)'),
+    (dict(max_length=30), 'the length limit'), (dict(share_prefix=False), 'share_prefix'), (dict(layer='layers.0.mlp.down_proj'), 'layer (None before')])
+def test_a_changed_setting_is_refused(demo, sentry, rows, tmp_path, changes, says):
+    chunks = begun(sentry, rows, tmp_path/'scan')
+    with pytest.raises(SettingError) as e: scan_to(changed(demo, **changes), rows, tmp_path/'scan', False)
+    assert says in str(e.value) and 'delete the folder' in str(e.value) and str(tmp_path/'scan') in str(e.value) and '\n' not in str(e.value)
+    assert sorted((tmp_path/'scan').glob('*.parquet')) == chunks, 'a refusal took something away'
+
+
+@pytest.mark.parametrize('changes', [dict(threshold=.5), dict(seed=3), dict(statistic='entropy'), dict(threshold='calibrated', fpr=.2)])
+def test_what_comes_after_the_scores_may_change(demo, sentry, rows, whole, tmp_path, changes):
+    begun(sentry, rows, tmp_path/'scan')
+    again = scan_to(changed(demo, **changes), rows, tmp_path/'scan', False)
+    np.testing.assert_array_equal(again.frame['log_volume'], whole.frame['log_volume'])
+
+
+def test_a_changed_model_is_refused(sentry, rows, tmp_path):
+    begun(sentry, rows, tmp_path/'scan')
+    model, tokenizer = demo_model()
+    with torch.no_grad(): model.model.layers[0].mlp.down_proj.weight.mul_(1.001)
+    with pytest.raises(SettingError, match="differs in the model's weights;"): scan_to(Sentry(model, tokenizer, budget=64), rows, tmp_path/'scan', False)
+    model, tokenizer = demo_model()
+    model.config.rms_norm_eps = 1e-3
+    with pytest.raises(SettingError, match="differs in the model's configuration;"): scan_to(Sentry(model, tokenizer, budget=64), rows, tmp_path/'scan', False)
+    with pytest.raises(SettingError, match='dtype'): scan_to(Sentry(demo_model()[0].double(), tokenizer, budget=64), rows, tmp_path/'scan', False)
+
+
+def test_a_changed_tokenizer_is_refused(sentry, rows, tmp_path):
+    begun(sentry, rows, tmp_path/'scan')
+    model, tokenizer = demo_model()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)
+    with pytest.raises(SettingError, match='differs in what the tokenizer makes of them;'): scan_to(Sentry(model, tokenizer, budget=64), rows, tmp_path/'scan', False)
+
+
+def test_changed_rows_are_refused(sentry, rows, tmp_path):
+    begun(sentry, rows, tmp_path/'scan')
+    with pytest.raises(SettingError, match=r'differs in the number of rows \(60 before, 59 now\), the texts of the rows;'): scan_to(sentry, rows[:59], tmp_path/'scan', False)
+    with pytest.raises(SettingError, match='differs in the texts of the rows;'): scan_to(sentry, rows[::-1], tmp_path/'scan', False)
+
+
+def test_another_version_is_refused(sentry, rows, tmp_path):
+    begun(sentry, rows, tmp_path/'scan')
+    note = tmp_path/'scan'/MANIFEST
+    note.write_text(json.dumps(json.loads(note.read_text()) | dict(torch='1.0')))
+    with pytest.raises(SettingError, match=r'torch \(1.0 before, '): scan_to(sentry, rows, tmp_path/'scan', False)
+
+
+def test_a_folder_of_something_else_is_refused(sentry, rows, tmp_path):
+    (tmp_path/'letter.txt').write_text('dear')
+    with pytest.raises(SettingError, match='something else'): scan_to(sentry, rows, tmp_path, False)
+    forget(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ['letter.txt']
+
+
+# ---- damaged
+
+@pytest.mark.parametrize('damage', [lambda b: b[:len(b)//2], lambda b: b'', lambda b: b[:200]+bytes([b[200]^1])+b[201:], lambda b: b+b'x'], ids=['short', 'empty', 'one bit', 'longer'])
+def test_a_damaged_chunk_costs_its_own_rows(sentry, rows, whole, tmp_path, damage):
+    first, second, *_ = begun(sentry, rows, tmp_path/'scan')
+    second.write_bytes(damage(second.read_bytes()))
+    told = []
+    same(scan_to(sentry, rows, tmp_path/'scan', False, told.append), whole)
+    assert '1 damaged chunk' in told[0]
+    assert len(StoredScan(sentry, rows, tmp_path/'scan')) == 60
+
+
+def test_a_chunk_under_another_number(sentry, rows, whole, tmp_path):
+    first, second, *_ = begun(sentry, rows, tmp_path/'scan')
+    second.rename(second.with_name(second.name.replace('000001', '000000')))
+    shutil.copy(first, first.with_name(first.name.replace('000000', '000099')))
+    shutil.copy(first, first.with_name('notes.parquet'))
+    same(scan_to(sentry, rows, tmp_path/'scan', False), whole)
+
+
+def test_a_broken_manifest(sentry, rows, tmp_path):
+    begun(sentry, rows, tmp_path/'scan')
+    (tmp_path/'scan'/MANIFEST).write_text('{"form')
+    with pytest.raises(SettingError, match='cannot be read; delete the folder'): scan_to(sentry, rows, tmp_path/'scan', False)
+
+
+# ---- a disk that refuses
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no device that is always full')
+def test_a_full_disk(sentry, rows, whole, tmp_path):
+    "Writing to /dev/full fails as a full disk does; afterwards there is room again."
+    before = begun(sentry, rows, tmp_path/'scan')
+    (tmp_path/'scan'/PART).symlink_to('/dev/full')
+    with pytest.raises(DataError) as e: scan_to(sentry, rows, tmp_path/'scan', False)
+    n = sum(len(c) for c in StoredScan(sentry, rows, tmp_path/'scan').plan[:len(before)])
+    assert os.strerror(errno.ENOSPC) in str(e.value) and f'{n} of 60 rows are kept' in str(e.value)
+    assert sorted((tmp_path/'scan').glob('*.parquet')) == before
+    same(scan_to(sentry, rows, tmp_path/'scan', False), whole)
+
+
+@pytest.mark.parametrize('code', [errno.ENOSPC, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize('after', [0, 1, 3])
+def test_a_disk_that_fails_at_any_write(sentry, rows, whole, tmp_path, monkeypatch, code, after):
+    done, fsync = [], os.fsync
+    def sync(f):
+        if len(done) == after: raise OSError(code, os.strerror(code))
+        done.append(f); fsync(f)
+    with monkeypatch.context() as m:
+        m.setattr(stream.os, 'fsync', sync)
+        with pytest.raises(DataError, match=os.strerror(code)): scan_to(sentry, rows, tmp_path/'scan', False)
+    kept = len(StoredScan(sentry, rows, tmp_path/'scan')) if (tmp_path/'scan'/MANIFEST).exists() else 0
+    assert kept == 0 if after < 3 else kept > 0
+    same(scan_to(sentry, rows, tmp_path/'scan', False), whole)
+
+
+@pytest.mark.parametrize('where', ['/proc/nowhere/scan', 'file/scan'])
+def test_a_place_that_cannot_be_written(sentry, rows, tmp_path, where):
+    (tmp_path/'file').write_text('x')
+    with pytest.raises(DataError, match='cannot be written there'): scan_to(sentry, rows, tmp_path/where, False)
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may write anywhere')
+def test_a_read_only_folder(sentry, rows, tmp_path):
+    before = begun(sentry, rows, tmp_path/'scan')
+    (tmp_path/'scan').chmod(0o555)
+    try:
+        with pytest.raises(DataError, match='cannot be written there'): scan_to(sentry, rows, tmp_path/'scan', False)
+    finally: (tmp_path/'scan').chmod(0o755)
+    assert sorted((tmp_path/'scan').glob('*.parquet')) == before
+
+
+# ---- the command
+
+def command(out, *more): return ['scan', str(demo_path()), '--model', str(demo_model_path()), '--out', str(out), '--quiet', '--budget', '128', *map(str, more)]
+
+
+# Loads everything once and makes a child for each command on its standard input; the child alone runs models and threads of theirs.
+FORKS = """
+import os, sys, json, pandas, torch, transformers, pyarrow.parquet
+from gradsentry_nb import cli, magics, report, stream
+from transformers import AutoModelForCausalLM
+print('ready', flush=True)
+for line in sys.stdin:
+    if not (child := os.fork()):
+        out = os.open(os.devnull, os.O_WRONLY); os.dup2(out, 1)
+        os._exit(cli.main(json.loads(line)))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are not forked here')
+def test_twenty_kills(tmp_path):
+    "Killed at twenty random moments, while it loads, computes and writes; the twenty-first run ends with the bytes of a run that was left alone."
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', HF_HUB_OFFLINE='1')
+    p = subprocess.Popen([sys.executable, '-c', FORKS], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    def run(out, kill_after=None):
+        "Exit status of the command, killed `kill_after` seconds after a random number of chunks."
+        print(json.dumps(command(out)), file=p.stdin, flush=True)
+        child, folder = int(p.stdout.readline()), out/'scan'
+        if kill_after is not None:
+            more, wait = kill_after
+            chunks = lambda: len(list(folder.glob('*.parquet')))
+            until, end = chunks()+more, time.monotonic()+60
+            while chunks() < until and time.monotonic() < end: time.sleep(.002)
+            time.sleep(wait)
+            os.kill(child, signal.SIGKILL)
+        return int(p.stdout.readline())
+    try:
+        assert p.stdout.readline() == 'ready\n'
+        assert run(tmp_path/'whole') == 0
+        rng, held = random.Random(0), []
+        for i in range(20):
+            status = run(tmp_path/'out', (rng.choice([0, 1, 1, 2]), rng.uniform(0, 1.5 if i%4 == 0 else .1)))
+            assert status == -signal.SIGKILL, f'kill {i} came too late: {status}'
+            now = {q.name for q in (tmp_path/'out'/'scan').glob('*.parquet')}
+            assert not held or held[-1] <= now, 'something that was written is gone'
+            held.append(now)
+        assert 5 < len(held[-1]), 'the runs got nowhere'
+        assert run(tmp_path/'out') == 0
+    finally: p.stdin.close(); p.wait(60); p.stdout.close()
+    for name in ('scores.parquet', 'scores.parquet.json', 'clean.jsonl', 'dropped.jsonl', 'verdict.json'):
+        assert (tmp_path/'out'/name).read_bytes() == (tmp_path/'whole'/name).read_bytes(), name
+    assert not (tmp_path/'out'/'scan').exists()
+
+
+def test_the_command_goes_on(tmp_path, monkeypatch, capsys):
+    out = tmp_path/'out'
+    kept = StoredScan.keep
+    def keep(self, n):
+        if n == 3: raise KeyboardInterrupt
+        kept(self, n)
+    with monkeypatch.context() as m:
+        m.setattr(StoredScan, 'keep', keep)
+        assert cli.main(command(out, '--limit', 200)) == 130
+    assert 'The same command goes on from there.' in capsys.readouterr().err and len(list((out/'scan').glob('*.parquet'))) == 3
+    assert cli.main(command(out, '--limit', 199)) == 2
+    assert 'the number of rows (200 before, 199 now)' in capsys.readouterr().err
+    assert cli.main(command(out, '--limit', 200)) == 0
+    said = capsys.readouterr().out
+    assert 'of 200 rows were scored before and are kept.' in said and not (out/'scan').exists()
+    assert cli.main(command(tmp_path/'other', '--limit', 200)) == 0
+    assert (out/'scores.parquet').read_bytes() == (tmp_path/'other'/'scores.parquet').read_bytes()
+    assert 'were scored before' not in capsys.readouterr().out
+    assert cli.main(command(out, '--limit', 50, '--k', 8)) == 0, 'a finished scan stands in the way of another'
+
+
+def test_results_that_cannot_be_written_cost_no_scores(tmp_path, monkeypatch, capsys):
+    def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as m:
+        m.setattr('gradsentry_nb.report._write_all', full)
+        assert cli.main(command(tmp_path/'out', '--limit', 50)) == 2
+    assert os.strerror(errno.ENOSPC) in capsys.readouterr().err
+    assert cli.main(command(tmp_path/'out', '--limit', 50)) == 0 and '50 of 50 rows were scored before' in capsys.readouterr().out
+
+
+# ---- what it will cost
+
+def test_a_fair_sample():
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(4, .5, 5000).astype(int)
+    at = spread(lengths, 32)
+    assert len(set(at)) == 32 and abs(lengths[at].mean()/lengths.mean()-1) < .05
+    assert sorted(spread(lengths[:5], 32)) == list(range(5)) and spread([7], 3) == [0]
+
+
+def test_the_estimate_is_near_the_truth(demo):
+    "Loose on purpose: the machine may be busy in one of the two."
+    sentry, rows = Sentry(*demo), load_samples(demo_path())
+    sentry.score(rows[:50], False)
+    for _ in range(3):
+        began = time.perf_counter()
+        cost = estimate(sentry, rows)
+        asked, began = time.perf_counter()-began, time.perf_counter()
+        sentry.score(rows, False)
+        took = time.perf_counter()-began
+        if took/2 < cost.seconds < took*2: break
+    else: pytest.fail(f'{cost.seconds} seconds were expected, {took} it took')
+    assert asked < took and len(cost.sampled) == 32 and cost.rows == 1200
+    assert cost.tokens == sum(len(e) for e in Scan(sentry, rows).encoded) and 2**27 < cost.memory < 2**36
+    for n in (1, 2, 3, 7):
+        shares = cost.split(n)
+        assert len(shares) == n and sum(s['rows'] for s in shares) == 1200 and sum(s['tokens'] for s in shares) == cost.tokens
+        assert sum(s['seconds'] for s in shares) == pytest.approx(cost.seconds)
+
+
+def test_nothing_to_estimate(sentry, rows):
+    with pytest.raises(DataError, match='nothing to score'): estimate(sentry, [Sample('a-0', 'Where?', '')])
+    for wrong in (lambda: estimate(sentry, rows, 0), lambda: estimate(sentry, rows, 4).split(0)):
+        with pytest.raises(SettingError): wrong()
+
+
+def test_the_command_estimates(tmp_path, capsys):
+    assert cli.main(command(tmp_path/'out', '--estimate')) == 0
+    said = capsys.readouterr().out
+    assert 'Expected: ' in said and '1,200 rows' in said and 'on 2 such devices: ' in said and 'GiB of main memory' in said and not (tmp_path/'out').exists()
