@@ -65,6 +65,7 @@ def run(path):
             return f'{path.relative_to(ROOT)}: {e}\n{log.read().decode(errors="replace")}'
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.outputs = list(filter(None, map(portable, cell.outputs)))
+    nb.metadata.pop('widgets', None)    # the state of widgets whose views were left out: long, and another at every run
     nbformat.write(nb, path)
     subprocess.run([sys.executable, '-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()', '--fname', path],
                    cwd=ROOT, env=environment(), check=True)
