@@ -172,6 +172,11 @@ class Board:
     def scored(self)->np.ndarray: x = self.score; return x[np.isfinite(x)]     # those that are there
     @property
     def flagged(self)->np.ndarray: return self.cut.flags(self.score)           # [N] bool
+    def places(self,
+        most:int=300,    # of them
+    )->list:             # positions in the frame
+        "Where the selected rows are."
+        return [self.at[i] for i in self.selected[:most]]
     def __repr__(self): return f'Board({len(self.frame):,} rows by {self.label}, {int(self.flagged.sum()):,} above the cut, {len(self.marks)} marked)'
 
 # %% ../nbs/48_board.ipynb #c04f8bf1

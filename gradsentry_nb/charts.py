@@ -252,6 +252,8 @@ def _row_axis():
     scale, axis = alt.Scale(zero=False, nice=False, padding=6), alt.Axis(grid=False, tickCount=6, tickMinStep=1)
     return alt.X('row:Q', title='row of the file (in scan order, from 0)', scale=scale, axis=axis)
 
+_RING = dict(filled=False, size=120, color=NOTE, strokeWidth=2, opacity=1)   # around a selected row
+
 def _unscored(data):
     "Grey crosses at the foot of a strip."
     mark = dict(shape='cross', size=70, color=GREY, filled=True, opacity=1, yOffset=-5)
@@ -275,7 +277,7 @@ def score_strip(
     points = points.encode(_row_axis(), _score_axis(statistic), _sides(), tooltip=['row:Q', 'score:Q', 'side:N'])
     crosses = [_unscored(data.loc[~has, ['row']])]*bool(bare)
     at = strip_rows(frame.iloc[list(picked)]).dropna()
-    rings = [alt.Chart(at).mark_point(filled=False, size=120, color=NOTE, strokeWidth=2, opacity=1).encode(_row_axis(), _score_axis(statistic))]*bool(len(at))
+    rings = [alt.Chart(at).mark_point(**_RING).encode(_row_axis(), _score_axis(statistic))]*bool(len(at))
     line, absent = _cut_line(cut, data['score'][has])
     keep = cut.flags(known['score'])
     said = f'Grey crosses at the foot: {_plural(bare, "row")} without a score' + (f', {int((~has).sum()):,} of them drawn' if (~has).sum() < bare else '')
@@ -605,8 +607,8 @@ def _params(cut, sides=('x',)):
 
 def _picked(**at):
     "The rows that are selected elsewhere, from a second named source: 'picked'."
-    mark = dict(filled=False, size=120, color=NOTE, strokeWidth=2) if 'y' in at else dict(filled=True, size=70, color=NOTE, shape='triangle-up', yOffset=-5)
-    return alt.Chart(alt.InlineData(values=[], name='picked')).mark_point(opacity=1, **mark).encode(**{'y': alt.value('height'), **at})
+    mark = _RING if 'y' in at else dict(filled=True, size=70, color=NOTE, opacity=1, shape='triangle-up', yOffset=-5)
+    return alt.Chart(alt.InlineData(values=[], name='picked')).mark_point(**mark).encode(**{'y': alt.value('height'), **at})
 
 def _live(layers, name, frame, cut, title, lines, size, sides=('x',)):
     "Layers over one named source, with the shared parameters."

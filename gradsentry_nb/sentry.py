@@ -270,6 +270,9 @@ class Scan:
             yield i
         self.flush()
 
+    def only(self, at)->'Scan':
+        "A scan of the rows `at` alone, with a plan and notes of its own."
+        return Scan(self.sentry, Samples([self.samples[i] for i in at]), [self.encoded[i] for i in at])
     def flush(self):
         "Make the statistics of all rows that are done."
         if self.pending: self.rows.update(_keep(self.pending, self.sentry.settings)); self.pending = {}

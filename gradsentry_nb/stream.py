@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
 
 from .core import DataError, Scores, SettingError, content_hash, visible
-from .data import Samples, fingerprint
+from .data import fingerprint
 from .report import check_out
 from .sentry import Scan, Sentry, model_fingerprint, run_scan, _COLUMNS
 
@@ -125,7 +125,7 @@ class StoredScan(Scan):
         "Yield the index of each row as it is done, chunk by chunk."
         for n, at in enumerate(self.plan):
             if n in self.stored: continue
-            self.at, self.part = at, Scan(self.sentry, Samples([self.samples[i] for i in at]), [self.encoded[i] for i in at])
+            self.at, self.part = at, self.only(at)
             for i in self.part: yield at[i]
             self.keep(n)
     def flush(self):
@@ -274,7 +274,7 @@ def estimate(
     lengths = np.array([len(scan.encoded[i]) for i in todo])
     if not todo: raise DataError('No row has a response, so there is nothing to score.')
     def timed(at):
-        part = Scan(sentry, Samples([scan.samples[todo[i]] for i in at]), [scan.encoded[todo[i]] for i in at])
+        part = scan.only([todo[i] for i in at])
         began = time.perf_counter()
         for _ in part: pass
         return time.perf_counter()-began

@@ -127,7 +127,7 @@ class LiveChart:
     ):
         import altair as alt
         alt.JupyterChart.enable_offline()
-        self.brush, self.columns, self.sent, self.at, self.times, room = brush, dict(columns), {}, FAR, 0, f'{WIDTH+90}px'
+        self.brush, self.columns, self.sent, self.at, self.times, self.timer, room = brush, dict(columns), {}, FAR, 0, None, f'{WIDTH+90}px'
         self.widget = alt.JupyterChart(self.sized(chart), debounce_wait=60, embed_options=dict(actions=False), layout=W.Layout(width=room, min_width=room, min_height='310px'))
         self.listen()
     @staticmethod
@@ -163,7 +163,7 @@ def _brushed(self, change):
     if ranges: self.brush(ranges)
 
 def _shown(self, change):
-    if change['new'] == 0: self.timer = later(self.again, .05, getattr(self, 'timer', None))   # not now: Altair is about to store the old values
+    if change['new'] == 0: self.timer = later(self.again, .05, self.timer)   # not now: Altair is about to store the old values
 
 def _again(self):
     self.widget.params.shown, self.widget.params.cut = 1, self.at
@@ -177,13 +177,13 @@ class Panel:
     "One tab of pictures; a kind says how it draws."
     title, every = '', 0.   # on the tab; least seconds between two drawings while a scan runs
     def __init__(self, view):
-        self.view, self.board, self.stale, self.last = view, view.board, True, 0.
+        self.view, self.board, self.stale, self.last, self.timer = view, view.board, True, 0., None
         self.widget = self.build()
     @classmethod
     def fits(cls, view): return True
     def build(self): self.html = W.HTML(layout=W.Layout(overflow='auto')); return self.html
     def draw(self): self.cut()
-    def cut(self): self.timer = later(self.now, .15, getattr(self, 'timer', None))
+    def cut(self): self.timer = later(self.now, .15, self.timer)
     def pick(self): pass
     def now(self): self.html.value = f'<div style="display:flex;flex-wrap:wrap;gap:12px">{"".join(map(chart_svg, self.charts()))}</div>'
     def charts(self): return ()
@@ -243,15 +243,14 @@ class LiveScores(Panel):
         self.cut(); self.pick()
     def cut(self):
         for c in self.both.values(): c.cut(self.board.cut)
-    def pick(self, most=300):
-        b = self.board
-        at = b.frame[['row', 'score']].iloc[[b.at[i] for i in b.selected[:most]]].dropna()
+    def pick(self):
+        at = self.board.frame[['row', 'score']].iloc[self.board.places()].dropna()
         for c in self.both.values(): c.send('picked', at)
 
 @panel('plain')
 class PlainScores(Panel):
     title, every = 'scores', 1.
-    def charts(self): b = self.board; return score_histogram(b.frame, b.cut, b.label), score_strip(b.frame, b.cut, b.label, picked=[b.at[i] for i in b.selected[:300]])
+    def charts(self): b = self.board; return score_histogram(b.frame, b.cut, b.label), score_strip(b.frame, b.cut, b.label, picked=b.places())
     pick = Panel.cut
 
 # %% ../nbs/50_widgets.ipynb #edfd3ae0
@@ -302,10 +301,8 @@ class Scatter(Panel):
         self.made = key
         self.cut(); self.pick()
     def brush(self, ranges): self.view.on_brush(ranges, self.frame)
-    def pick(self, most=300):
-        if self.chart is None: return
-        b = self.board
-        self.chart.send('picked', self.frame[self.xy].iloc[[b.at[i] for i in b.selected[:most]]].dropna())
+    def pick(self):
+        if self.chart: self.chart.send('picked', self.frame[self.xy].iloc[self.board.places()].dropna())
 
 @panel('live')
 class LiveAgainst(Against, Scatter):
@@ -324,7 +321,7 @@ class Spectra(Panel):
     def pick(self): self.cut()
     def charts(self):
         b = self.board
-        some = [b.at[i] for i in b.selected[:10]] or np.argsort(-np.nan_to_num(b.score, nan=-np.inf), kind='stable')[:5].tolist()
+        some = b.places(10) or np.argsort(-np.nan_to_num(b.score, nan=-np.inf), kind='stable')[:5].tolist()
         return [spectra({f'row {b.frame["row"].iloc[i]}': b.svals[i] for i in some if b.svals[i] is not None}, b.k)]
 
 class Map(Panel):

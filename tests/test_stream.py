@@ -124,7 +124,8 @@ def test_only_the_rest_is_computed(sentry, rows, whole, tmp_path, monkeypatch):
 
 def test_near_to_a_plain_scan(sentry, rows, whole):
     plain = sentry.score(rows, False)
-    assert list(plain.frame.dtypes) == list(whole.frame.dtypes) and plain.info == whole.info
+    known = lambda x: {k: v for k, v in x.info.items() if k != 'notes'}          # every chunk has prefixes of its own
+    assert list(plain.frame.dtypes) == list(whole.frame.dtypes) and known(plain) == known(whole)
     np.testing.assert_allclose(whole.frame['score'], plain.frame['score'], rtol=1e-4)
     np.testing.assert_allclose(whole.frame['entropy'], plain.frame['entropy'], rtol=1e-5)
 
