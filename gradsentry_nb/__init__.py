@@ -15,7 +15,7 @@ __all__ = ['load_ipython_extension', 'unload_ipython_extension', 'Sample', 'Scor
            'run_grid', 'collect', 'over_seeds', 'experiment_grid', 'EXPERIMENTS', 'score_strip', 'score_against',
            'spectra', 'sample_map', 'precision_recall', 'roc', 'layer_map', 'chart_svg', 'still', 'explain_row',
            'RowExplanation', 'explain_verdict', 'VerdictExplanation', 'causal_check', 'gradient_map', 'GradientMap',
-           'dashboard', 'view', 'LiveScan', 'scan_to', 'StoredScan', 'estimate', 'Estimate']
+           'dashboard', 'view', 'LiveScan', 'scan_to', 'StoredScan', 'estimate', 'Estimate', 'score_on', 'ScoreRows']
 
 # %% ../nbs/90_extension.ipynb #79f4fbe7
 from importlib import import_module
@@ -40,6 +40,7 @@ _home = {
     "dashboard": "widgets", "view": "widgets", "LiveScan": "widgets",
     "write_outputs": "report", "report_html": "report",
     "scan_to": "stream", "StoredScan": "stream", "estimate": "stream", "Estimate": "stream",
+    "score_on": "distributed", "ScoreRows": "distributed",
     "generate_answers": "generate",
     "archaic": "attacks.style", "style_transfer": "attacks.style",
     "ATTACKS": "attacks.triggers", "PAYLOADS": "attacks.triggers", "Truth": "attacks.triggers", "poison": "attacks.triggers",
@@ -60,7 +61,7 @@ _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "D
          "cleangen", "DETECTORS", "make_detector", "detector_table", "score_all", "filter_all", "finetune", "FineTuned", "TRAIN_PRESETS",
          "Evaluation", "Behaviour", "behaviour", "Grid", "DataSet", "run_grid", "collect", "over_seeds", "experiment_grid", "EXPERIMENTS",
          "score_strip", "score_against", "spectra", "sample_map", "precision_recall", "roc", "layer_map", "chart_svg", "still", "explain_row", "RowExplanation", "explain_verdict", "VerdictExplanation", "causal_check", "gradient_map", "GradientMap", "dashboard", "view", "LiveScan",
-         "scan_to", "StoredScan", "estimate", "Estimate"]
+         "scan_to", "StoredScan", "estimate", "Estimate", "score_on", "ScoreRows"]
 
 # %% ../nbs/90_extension.ipynb #9a431495
 def __getattr__(name):

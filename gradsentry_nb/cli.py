@@ -70,19 +70,28 @@ def _finish(a, sentry, samples, score=None):
     print(summary_text(verdict, samples, files))
     return verdict
 
-def _scan(a):
+def _load(a, team):
+    "The sentry and the rows."
     from gradsentry_nb.core import visible
     from gradsentry_nb.magics import read_rows
     from gradsentry_nb.sentry import Sentry
-    from gradsentry_nb.stream import estimate, forget, scan_to
     changes, samples = _check(a), read_rows(a.source, a)
     print(f'{visible(samples.source)}: {len(samples):,} row{"s"*(len(samples) != 1)}, {"; ".join(map(visible, samples.said))}.')
     _quiet_loading()
-    sentry = Sentry.from_pretrained(a.model, a.preset, a.device, a.dtype, a.trust_remote_code, a.allow_pickle, **changes)
-    if a.dry_run: return print(dry_run(sentry, samples))
-    if a.estimate: return print(f'{estimate(sentry, samples)}\nNext: the same command without --estimate scans.')
-    _finish(a, sentry, samples, lambda rows, progress: scan_to(sentry, rows, a.out/UNFINISHED, progress, print))
-    forget(a.out/UNFINISHED)
+    return Sentry.from_pretrained(a.model, a.preset, team.device(a.device), a.dtype, a.trust_remote_code, a.allow_pickle, **changes), samples
+
+def _scan(a):
+    from gradsentry_nb.distributed import Team, scan_in_team
+    from gradsentry_nb.stream import estimate, forget
+    team = Team.here()
+    with team.speaking():
+        with team.together(): sentry, samples = _load(a, team)
+        score = lambda rows, progress: scan_in_team(team, sentry, rows, a.out/UNFINISHED, progress, print)
+        if a.dry_run: return print(dry_run(sentry, samples))
+        if a.estimate: return None if team.rank else print(f'{estimate(sentry, samples)}\nNext: the same command without --estimate scans.')
+        if team.rank: return score(samples, False)
+        _finish(a, sentry, samples, score)
+        forget(a.out/UNFINISHED)
 
 def _quiet_loading():
     "This is our own process: transformers' loading bars and advice would only hide what we print."

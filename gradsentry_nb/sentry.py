@@ -9,6 +9,7 @@ __all__ = ['PRESETS', 'CHUNK', 'NOT_FINITE', 'NO_GRADIENT', 'Settings', 'of_adap
 # %% ../nbs/13_sentry.ipynb #91449a61
 import math, re
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -310,8 +311,10 @@ def run_scan(
 def _score(self,
     samples,            # `Samples`, or anything that `load_samples` reads
     progress=True,      # as in `run_scan`
+    processes=None,     # how many shall work, each on a GPU of its own where there are some: `distributed.score_on`, which nothing here can import
 )->Scores:
     "Score every row; rows that cannot be scored keep their place with a `problem`."
+    if processes is not None: return import_module('gradsentry_nb.distributed').score_on(self, samples, processes, progress=progress)
     return run_scan(Scan(self, samples), progress)
 
 # %% ../nbs/13_sentry.ipynb #eaca1ab4
