@@ -267,4 +267,4 @@ class ScoreRows:
         for _ in scan: pass
         new = scan.frame(range(len(batch)), text=False).drop(columns=['id', 'row']).set_index(batch.index)
         if both := [c for c in new if c in batch]: raise DataError(f'The rows already have columns named {", ".join(both)}; rename them before this stage.')
-        return batch.assign(**new.assign(problem=new['problem'].astype('string')))
+        return batch.assign(**new.astype(dict(problem='string', window_start='Int64', window_stop='Int64')))     # types that hold what is missing: one schema for all batches
