@@ -17,8 +17,8 @@ import numpy as np, pandas as pd, torch, torch.distributed as dist
 
 from .core import DataError, GradSentryError, Scores, SettingError, visible
 from .data import load_samples
-from .sentry import Scan, Sentry, run_scan
-from .stream import StoredScan
+from .sentry import Scan, ScanInterrupted, Sentry, run_scan
+from .stream import StoredScan, differences
 
 # %% ../nbs/19_distributed.ipynb #9fce9c4b
 def share(
@@ -47,28 +47,29 @@ class SharedScan(StoredScan):
     def found(self):
         "Yield the rows that others have finished since the last look."
         before = set(self.stored)
-        self.read_all()
-        for n in sorted(self.stored-before): yield from self.plan[n]
+        for p in sorted(self.folder.glob('*.parquet')):
+            if int(p.stem.partition('-')[0]) not in before: self.read(p)
+        for n in sorted(set(self.stored)-before): yield from _rows_of(self, n)
     def shares(self, world:int)->list:
         "The chunks that are still to do, for each of `world` processes."
         todo = self.todo()
         return [[todo[i] for i in share([self.sizes[n] for n in todo], r, world)] for r in range(world)]
 
 # %% ../nbs/19_distributed.ipynb #2b00fea3
-def _sizes(self): return [sum(len(self.encoded[i]) for i in c) for c in self.plan]
-def _todo(self): return [n for n in range(len(self.plan)) if n not in self.stored]
-def _run(self, numbers):
-    for n in numbers:
-        self.at, self.part = self.plan[n], self.only(self.plan[n])
-        for i in self.part: yield self.at[i]
-        self.keep(n)
-def _read_all(self):
-    for p in sorted(self.folder.glob('*.parquet')):
-        if int(p.stem.partition('-')[0]) not in self.stored: self.read(p)
-SharedScan.sizes, SharedScan.todo, SharedScan.run, SharedScan.read_all = property(_sizes), _todo, _run, _read_all
-def _own_part():
-    from gradsentry_nb import stream
-    stream.PART = f'writing-{os.getpid()}.part'
+def _rows_of(scan, n): return [i for i in range(*scan.plan[n]) if scan.lengths[i]] if isinstance(scan.plan[n], tuple) else scan.plan[n]
+def _source(scan): return getattr(scan, 'samples', scan.rows)
+def _own_part(): pass
+if not hasattr(StoredScan, 'run'):  # until StoredScan has them itself
+    def _run(self, numbers):
+        for n in numbers:
+            self.at, self.part = self.plan[n], self.only(self.plan[n])
+            for i in self.part: yield self.at[i]
+            self.keep(n)
+    def _own_part():
+        from gradsentry_nb import stream
+        stream.PART = f'writing-{os.getpid()}.part'
+    SharedScan.sizes = property(lambda self: [sum(len(self.encoded[i]) for i in c) for c in self.plan])
+    SharedScan.todo, SharedScan.run = lambda self: [n for n in range(len(self.plan)) if n not in self.stored], _run
 
 # %% ../nbs/19_distributed.ipynb #f46da267
 def help_out(
@@ -85,7 +86,9 @@ def help_out(
     if device.startswith('cuda'): torch.cuda.set_device(device)
     _own_part()
     sentry, samples = torch.load(job, map_location=device, weights_only=False, mmap=True)
-    for _ in SharedScan(sentry, samples, order['folder']).run(order['shares'][int(rank)]): pass
+    scan = SharedScan(sentry, samples, order['folder'])
+    if said := differences(order['about'], scan.about): raise SettingError(f'Another process finds a scan that differs in {", ".join(said)}.')
+    for _ in scan.run(order['shares'][int(rank)]): pass
 
 # %% ../nbs/19_distributed.ipynb #43f1921b
 def devices(
@@ -111,7 +114,7 @@ def _helpers(scan, shares, here):
     "Other processes score all shares but the first; they end with the context."
     job, model, world = f'{here}/job.pt', scan.sentry.model, len(shares)
     threads, crew = torch.get_num_threads(), []
-    order = dict(folder=str(scan.folder), shares=shares, devices=devices(model.get_input_embeddings().weight.device, world), threads=max(1, threads//world))
+    order = dict(folder=str(scan.folder), about=scan.about, shares=shares, devices=devices(model.get_input_embeddings().weight.device, world), threads=max(1, threads//world))
     env = dict(os.environ, OMP_NUM_THREADS=str(order['threads']), PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
     def hire(r):
         with open(f'{here}/{r}.err', 'wb') as err:
@@ -122,7 +125,7 @@ def _helpers(scan, shares, here):
         return f'A process ended early ({visible(next(filter(None, reversed(said)), "") if status > 0 else f"signal {-status}", 160)}); what it had left was scored by the first one.'
     try:
         if world > 1:
-            _save(scan.sentry, scan.samples, job); Path(f'{job}.json').write_text(json.dumps(order), encoding='utf8')
+            _save(scan.sentry, _source(scan), job); Path(f'{job}.json').write_text(json.dumps(order), encoding='utf8')
             torch.set_num_threads(order['threads'])
             for r in range(1, world): crew.append(hire(r))
         scan.busy, scan.lost = lambda: any(p.poll() is None for p in crew), lambda: [fate(r) for r in range(1, world) if crew[r-1].poll()]
@@ -132,6 +135,8 @@ def _helpers(scan, shares, here):
         for p in crew: p.kill(); p.wait(); p.stdin.close()
 
 # %% ../nbs/19_distributed.ipynb #a74c2eab
+def _held(scores): return Scores(scores.frame, scores.info)   # of a large set they are read when asked for, from a folder that may be gone by then
+
 def score_on(
     sentry:Sentry,
     samples,            # `Samples`, or anything that `load_samples` reads
@@ -147,7 +152,10 @@ def score_on(
         if tell and scan.said: tell(' '.join(scan.said))
         shares = scan.shares(max(1, min(processes, len(scan.todo()))))
         scan.mine = shares[0]
-        with _helpers(scan, shares, here): return run_scan(scan, progress)
+        try:
+            with _helpers(scan, shares, here): scores = run_scan(scan, progress)
+        except ScanInterrupted as e: e.scores = sentry.partial = _held(e.scores); raise
+        return _held(scores)
 
 # %% ../nbs/19_distributed.ipynb #88ed7526
 @cache
@@ -236,6 +244,8 @@ def scan_in_team(
 )->Scores|None:     # nothing but in the first process
     "This process's part of a scan; the first one waits for all and returns the scores of all rows."
     with team.together(): scan = SharedScan(sentry, samples, folder)
+    with team.together():
+        if said := differences(team.agree(scan.about)[0], scan.about): raise SettingError(f'it finds a scan that differs in {", ".join(map(visible, said))}; give all processes the same file, model and versions.')
     if tell and scan.said: tell(' '.join(scan.said))
     if team.world == 1: return run_scan(scan, progress)
     scan.mine = team.agree(scan.shares(team.world))[0][team.rank]

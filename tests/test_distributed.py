@@ -55,7 +55,7 @@ def test_shares_are_even_in_tokens():
 def test_a_share_is_of_tokens_not_of_rows(sentry, tmp_path):
     rows = [Sample(f'{i:012x}-0', 'Where? '*(1 if i < 60 else 12), 'near the river', i) for i in range(90)]
     scan = SharedScan(sentry, rows, tmp_path/'scan')
-    tokens, count = zip(*[(sum(scan.sizes[n] for n in s), sum(len(scan.plan[n]) for n in s)) for s in scan.shares(2)])
+    tokens, count = zip(*[(sum(scan.sizes[n] for n in s), sum(len(distributed._rows_of(scan, n)) for n in s)) for s in scan.shares(2)])
     assert abs(tokens[0]-tokens[1]) <= 2*max(scan.sizes) and count[0] > 1.5*count[1] and sum(count) == 90
 
 
@@ -63,10 +63,10 @@ def test_by_turns(sentry, rows, one, tmp_path):
     "Three processes on one folder, one of which never does its share; a fourth finds what is there and does the rest."
     scans = [SharedScan(sentry, rows, tmp_path/'scan') for _ in range(3)]
     shares = scans[0].shares(3)
-    for scan, mine in zip(scans, (shares[0], shares[1][:2])): assert len(list(scan.run(mine))) == sum(len(scan.plan[n]) for n in mine)
+    for scan, mine in zip(scans, (shares[0], shares[1][:2])): assert len(list(scan.run(mine))) == sum(len(distributed._rows_of(scan, n)) for n in mine)
     assert sum(scans[2].shares(2), []) == scans[2].todo()
     found = list(scans[2].found())
-    assert found == sorted(i for n in (*shares[0], *shares[1][:2]) for i in scans[2].plan[n]) and not list(scans[2].found())
+    assert found == sorted(i for n in (*shares[0], *shares[1][:2]) for i in distributed._rows_of(scans[2], n)) and not list(scans[2].found())
     ticks = []
     scans[2].mine = shares[2]
     same(run_scan(scans[2], lambda done, total: ticks.append((done, total))), one)
@@ -93,20 +93,29 @@ def test_two_processes_and_one(sentry, rows, one, crew):
 
 
 def test_a_helper_that_is_killed(sentry, rows, one, crew, tmp_path):
-    "Its share is redone here, and a note says so; an interrupt before that ends the helpers and keeps what is there."
-    def stop(done, total):
-        if done == 20: raise KeyboardInterrupt
-    with pytest.raises(ScanInterrupted) as e: score_on(sentry, rows, 3, tmp_path/'scan', stop)
-    assert len(e.value.scores) >= 20 and [p.returncode for p in crew] == [-signal.SIGKILL]*2
-    kept = {p.name for p in (tmp_path/'scan').glob('*.parquet')}
-    assert kept
-    def kill(done, total):
-        if done == 60: crew[2].kill()
-    told = []
-    two = score_on(sentry, rows, 2, tmp_path/'scan', kill, told.append)
+    "An interrupt ends the helper and keeps what both have done; of a helper that is killed in the middle of its share the rest is redone here, and a note says so."
+    kept = lambda: {int(p.name[:6]) for p in (tmp_path/'scan').glob('*.parquet')}
+    def when_two_are_there(first, last, what):
+        def tell(done, total):
+            if done != 1: return
+            end = time.monotonic()+120
+            while len(kept() & set(range(first, last))) < 2 and time.monotonic() < end: time.sleep(.002)
+            what()
+        return tell
+    def stop(): raise KeyboardInterrupt
+    first, second = SharedScan(sentry, rows, tmp_path/'none').shares(2)
+    half, n = len(first), len(first+second)
+    with pytest.raises(ScanInterrupted): score_on(sentry, rows, 2, tmp_path/'scan', when_two_are_there(half, n, stop))
+    before = kept()
+    assert 2 <= len(before) < n-half and min(before) == half and crew[0].returncode == -signal.SIGKILL
+    told, todo = [], sorted(set(range(n))-before)
+    mine, other = SharedScan(sentry, rows, tmp_path/'scan').shares(2)
+    scored = len(SharedScan(sentry, rows, tmp_path/'scan'))
+    kill = when_two_are_there(other[0], n, lambda: crew[1].kill())
+    two = score_on(sentry, rows, 2, tmp_path/'scan', lambda done, total: kill(done-scored, total), told.append)
     same(two, one)
-    assert kept <= {p.name for p in (tmp_path/'scan').glob('*.parquet')} and 'of 120 rows were scored before' in told[0]
-    assert [n for n in two.info['notes'] if n not in one.info['notes']] == ['A process ended early (signal 9); what it had left was scored by the first one.']
+    assert mine+other == todo and f'{scored} of 120 rows were scored before' in told[0]
+    assert [x for x in two.info['notes'] if x not in one.info['notes']] == ['A process ended early (signal 9); what it had left was scored by the first one.']
 
 
 def test_what_cannot_be_shared(sentry, rows, monkeypatch):
@@ -195,26 +204,34 @@ def when(chunks, what):
     return do
 
 
-def test_processes_of_one_command(launch, tmp_path):
-    "One process, three, and two of which one is killed; begun again with other numbers, every scan ends with the same bytes."
-    (status, said, _), = launch(1, command(tmp_path/'one', '--quiet'))
+@pytest.fixture(scope='module')
+def alone(launch, tmp_path_factory):
+    "What one process says, and its folder."
+    out = tmp_path_factory.mktemp('alone')/'one'
+    (status, said, _), = launch(1, command(out, '--quiet'))
     assert status == 0
-    three = launch(3, command(tmp_path/'three', '--quiet'))
-    assert [s for s, _, _ in three] == [0]*3 and three[0][1].replace('three', 'one') == said and [x for _, *out in three[1:] for x in out] == ['']*4
-    assert results(tmp_path/'three') == results(tmp_path/'one') and not (tmp_path/'three'/'scan').exists()
+    return said.replace(str(out), 'OUT'), out
 
+
+def test_processes_of_one_command(launch, alone, tmp_path):
+    "One of two is killed; begun again with three, the scan ends with the bytes of a single process, and the first one alone speaks."
     first, second = launch(2, command(tmp_path/'two', '--quiet'), when(5, signal.SIGKILL)(tmp_path/'two'))
     assert second[0] == -signal.SIGKILL and first[0] == 2 and first[2].count('\n') == 1 and 'has lost the others' in first[2]
     kept = {p.name for p in (tmp_path/'two'/'scan').glob('*.parquet')}
     assert 5 <= len(kept) < 20
     again = launch(3, command(tmp_path/'two', '--quiet'))
-    assert [s for s, _, _ in again] == [0]*3 and 'of 120 rows were scored before and are kept.' in again[0][1]
-    assert results(tmp_path/'two') == results(tmp_path/'one')
+    said = again[0][1].replace(str(tmp_path/'two'), 'OUT').splitlines()
+    assert [s for s, _, _ in again] == [0]*3 and [x for _, *out in again[1:] for x in out] == ['']*4
+    assert 'of 120 rows were scored before and are kept.' in said.pop(1) and said == alone[0].splitlines()
+    assert results(tmp_path/'two') == results(alone[1]) and not (tmp_path/'two'/'scan').exists()
 
 
 def test_a_refusal_is_told_once(launch, tmp_path):
     both = launch(2, ['scan', str(demo_path()), '--model', tmp_path/'none', '--out', tmp_path/'out'])
     assert [s for s, _, _ in both] == [2, 2] and both[0][2].count('\n') == 1 and 'there is no such folder' in both[0][2] and both[1][1:] == ('', '')
+    for r, limit in enumerate((40, 41)): (tmp_path/f'mine{r}.jsonl').write_text(''.join(demo_path().read_text().splitlines(True)[:limit]))
+    both = launch(2, ['scan', tmp_path/'mineRANK.jsonl', '--model', demo_model_path(), '--out', tmp_path/'out', '--device', 'cpu'])
+    assert [s for s, _, _ in both] == [2, 2] and 'Process 1 of 2: it finds a scan that differs in the number of rows (40 before, 41 now), ' in both[0][2] and both[1][1:] == ('', '')
     (tmp_path/'rows0.jsonl').write_bytes(demo_path().read_bytes())
     both = launch(2, ['scan', tmp_path/'rowsRANK.jsonl', '--model', demo_model_path(), '--out', tmp_path/'out', '--limit', 20])
     assert [s for s, _, _ in both] == [2, 2] and both[0][2].startswith('gradsentry: Process 1 of 2: ') and 'rows1.jsonl: there is no such file' in both[0][2] and both[1][1:] == ('', '')
@@ -229,14 +246,13 @@ def test_an_end_from_outside(launch, tmp_path):
     assert first[2].count('\n') == 2 and list((tmp_path/'out'/'scan').glob('*.parquet'))
 
 
-def test_accelerate_launch(launch, tmp_path):
+def test_accelerate_launch(alone, tmp_path):
     "The real launcher."
     run = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
            '--main_process_port', str(free_port()), '-m', 'gradsentry_nb.cli', *command(tmp_path/'two', '--quiet')]
     done = subprocess.run(run, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    (_, said, _), = launch(1, command(tmp_path/'one', '--quiet'))
-    assert done.stdout.replace('two', 'one') == said and results(tmp_path/'two') == results(tmp_path/'one')
+    assert done.stdout.replace(str(tmp_path/'two'), 'OUT') == alone[0] and results(tmp_path/'two') == results(alone[1])
 
 
 # ---- in a Ray cluster
@@ -249,21 +265,33 @@ def test_a_stage_for_frames(rows):
     for c in ('tokens', 'entropy', 'log_volume', 'window_stop', 'score'): np.testing.assert_array_equal(out[c].to_numpy(float, na_value=np.nan), plain[c].to_numpy(float))
 
 
+@pytest.mark.filterwarnings('ignore')
 def test_two_workers_of_ray(rows, tmp_path, monkeypatch):
     ray = pytest.importorskip('ray', reason='needs Ray: pip install "ray[data]"')
     pytest.importorskip('ray.data', reason='needs Ray with its data part: pip install "ray[data]"')
     frame = pd.DataFrame([dict(prompt=r.prompt, response='' if i == 3 else r.response, place=i) for i, r in enumerate(rows[:60])])
-    frame.to_parquet(tmp_path/'rows.parquet', row_group_size=15)
-    for k, v in dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', RAY_AUTH_MODE='disabled', RAY_USAGE_STATS_ENABLED='0', RAY_DEDUP_LOGS='0').items(): monkeypatch.setenv(k, v)
+    (tmp_path/'lake').mkdir(); (tmp_path/'met').mkdir()
+    for i in range(4): frame[15*i:15*i+15].to_parquet(tmp_path/'lake'/f'{i}.parquet')
+
+    class Meeting(ScoreRows):
+        "Waits at its first batch until the other worker has one, too."
+        def __call__(self, batch, met=str(tmp_path/'met')):
+            import os, time
+            open(f'{met}/{os.getpid()}', 'w').close()
+            end = time.monotonic()+120
+            while len(os.listdir(met)) < 2 and time.monotonic() < end: time.sleep(.02)
+            return ScoreRows.__call__(self, batch).assign(worker=os.getpid())
+
+    for k, v in dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', RAY_AUTH_MODE='disabled', RAY_USAGE_STATS_ENABLED='0').items(): monkeypatch.setenv(k, v)
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, configure_logging=False, object_store_memory=100_000_000)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
-        lake = ray.data.read_parquet(str(tmp_path/'rows.parquet'), override_num_blocks=4)
-        scored = lake.map_batches(ScoreRows, fn_constructor_kwargs=dict(model=str(demo_model_path()), budget=64, device='cpu'), batch_format='pandas', batch_size=15,
-                                  compute=ray.data.ActorPoolStrategy(size=2))
+        scored = ray.data.read_parquet(str(tmp_path/'lake'), override_num_blocks=4).map_batches(
+            Meeting, fn_constructor_kwargs=dict(model=str(demo_model_path()), budget=64, device='cpu'), batch_format='pandas', batch_size=15,
+            compute=ray.data.ActorPoolStrategy(size=2, max_tasks_in_flight_per_actor=1))
         out = scored.to_pandas().sort_values('place', ignore_index=True)
     finally: ray.shutdown()
     plain = Sentry(*demo_model(), budget=64).score(frame, False).frame
-    assert out['problem'].notna().tolist() == [i == 3 for i in range(60)]
+    assert out['worker'].nunique() == 2 and out['problem'].notna().tolist() == [i == 3 for i in range(60)]
     np.testing.assert_allclose(out['entropy'].astype(float), plain['entropy'], atol=1e-6)
     np.testing.assert_allclose(out['score'].astype(float), plain['score'], rtol=1e-4)
