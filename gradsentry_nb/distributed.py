@@ -22,7 +22,7 @@ from .stream import StoredScan, differences
 
 # %% ../nbs/19_distributed.ipynb #9fce9c4b
 def share(
-    sizes,        # tokens of each chunk
+    sizes,        # [N] tokens of each chunk
     rank:int,     # whose share, from 0
     world:int,    # how many processes
 )->list:          # places among the chunks
@@ -39,12 +39,12 @@ class SharedScan(StoredScan):
     lost = staticmethod(lambda: [])          # sentences about those that died
     def __iter__(self):
         "Yield the index of each row that is done here, or found done by others."
-        for n in self.mine or (): yield from self.run([n]); yield from self.found()
-        while self.busy(): time.sleep(.2); yield from self.found()
-        if self.mine is not None: yield from self.found()
+        for n in self.mine or (): yield from self.run([n]); yield from self.of_others()
+        while self.busy(): time.sleep(.2); yield from self.of_others()
+        if self.mine is not None: yield from self.of_others()
         self.note(self.lost())
         yield from self.run(self.todo())
-    def found(self):
+    def of_others(self):
         "Yield the rows that others have finished since the last look."
         before = set(self.stored)
         for p in sorted(self.folder.glob('*.parquet')):

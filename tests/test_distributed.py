@@ -65,8 +65,8 @@ def test_by_turns(sentry, rows, one, tmp_path):
     shares = scans[0].shares(3)
     for scan, mine in zip(scans, (shares[0], shares[1][:2])): assert len(list(scan.run(mine))) == sum(len(distributed._rows_of(scan, n)) for n in mine)
     assert sum(scans[2].shares(2), []) == scans[2].todo()
-    found = list(scans[2].found())
-    assert found == sorted(i for n in (*shares[0], *shares[1][:2]) for i in distributed._rows_of(scans[2], n)) and not list(scans[2].found())
+    found = list(scans[2].of_others())
+    assert found == sorted(i for n in (*shares[0], *shares[1][:2]) for i in distributed._rows_of(scans[2], n)) and not list(scans[2].of_others())
     ticks = []
     scans[2].mine = shares[2]
     same(run_scan(scans[2], lambda done, total: ticks.append((done, total))), one)
@@ -270,15 +270,15 @@ def test_two_workers_of_ray(rows, tmp_path, monkeypatch):
     ray = pytest.importorskip('ray', reason='needs Ray: pip install "ray[data]"')
     pytest.importorskip('ray.data', reason='needs Ray with its data part: pip install "ray[data]"')
     frame = pd.DataFrame([dict(prompt=r.prompt, response='' if i == 3 else r.response, place=i) for i, r in enumerate(rows[:60])])
-    (tmp_path/'lake').mkdir(); (tmp_path/'met').mkdir()
-    for i in range(4): frame[15*i:15*i+15].to_parquet(tmp_path/'lake'/f'{i}.parquet')
+    frame.to_parquet(tmp_path/'rows.parquet'); (tmp_path/'met').mkdir()
 
     class Meeting(ScoreRows):
         "Waits at its first batch until the other worker has one, too."
         def __call__(self, batch, met=str(tmp_path/'met')):
             import os, time
-            open(f'{met}/{os.getpid()}', 'w').close()
-            end = time.monotonic()+120
+            first = not os.path.exists(mine := f'{met}/{os.getpid()}')
+            open(mine, 'w').close()
+            end = time.monotonic()+30*first
             while len(os.listdir(met)) < 2 and time.monotonic() < end: time.sleep(.02)
             return ScoreRows.__call__(self, batch).assign(worker=os.getpid())
 
@@ -286,7 +286,7 @@ def test_two_workers_of_ray(rows, tmp_path, monkeypatch):
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, configure_logging=False, object_store_memory=100_000_000)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
-        scored = ray.data.read_parquet(str(tmp_path/'lake'), override_num_blocks=4).map_batches(
+        scored = ray.data.read_parquet(str(tmp_path/'rows.parquet')).repartition(4).map_batches(
             Meeting, fn_constructor_kwargs=dict(model=str(demo_model_path()), budget=64, device='cpu'), batch_format='pandas', batch_size=15,
             compute=ray.data.ActorPoolStrategy(size=2, max_tasks_in_flight_per_actor=1))
         out = scored.to_pandas().sort_values('place', ignore_index=True)
