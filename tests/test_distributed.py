@@ -270,7 +270,7 @@ def test_two_workers_of_ray(rows, tmp_path, monkeypatch):
     ray = pytest.importorskip('ray', reason='needs Ray: pip install "ray[data]"')
     pytest.importorskip('ray.data', reason='needs Ray with its data part: pip install "ray[data]"')
     frame = pd.DataFrame([dict(prompt=r.prompt, response='' if i == 3 else r.response, place=i) for i, r in enumerate(rows[:60])])
-    frame.to_parquet(tmp_path/'rows.parquet'); (tmp_path/'met').mkdir()
+    (tmp_path/'met').mkdir()
 
     class Meeting(ScoreRows):
         "Waits at its first batch until the other worker has one, too."
@@ -283,10 +283,10 @@ def test_two_workers_of_ray(rows, tmp_path, monkeypatch):
             return ScoreRows.__call__(self, batch).assign(worker=os.getpid())
 
     for k, v in dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', RAY_AUTH_MODE='disabled', RAY_USAGE_STATS_ENABLED='0').items(): monkeypatch.setenv(k, v)
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, configure_logging=False, object_store_memory=100_000_000)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False, object_store_memory=100_000_000)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
-        scored = ray.data.read_parquet(str(tmp_path/'rows.parquet')).repartition(4).map_batches(
+        scored = ray.data.from_pandas([frame[i:i+15] for i in range(0, 60, 15)]).map_batches(
             Meeting, fn_constructor_kwargs=dict(model=str(demo_model_path()), budget=64, device='cpu'), batch_format='pandas', batch_size=15,
             compute=ray.data.ActorPoolStrategy(size=2, max_tasks_in_flight_per_actor=1))
         out = scored.to_pandas().sort_values('place', ignore_index=True)
