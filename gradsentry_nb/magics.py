@@ -132,12 +132,13 @@ def checked_settings(
 def read_rows(
     source,         # anything that `load_samples` reads
     a,              # parsed arguments
-):                  # `Samples`
+    held=True,      # in memory, or read anew whenever they are gone through?
+):                  # `Samples`, or a `Source`
     "The rows of a source, from the columns that the arguments name."
     from gradsentry_nb.core import SettingError
-    from gradsentry_nb.data import load_samples
+    from gradsentry_nb.data import Source, load_samples
     if a.limit is not None and a.limit < 1: raise SettingError(f'--limit must be at least 1, not {a.limit}.')
-    return load_samples(source, a.prompt, a.response, a.messages, a.context, a.split, limit=a.limit)
+    return (load_samples if held else Source)(source, a.prompt, a.response, a.messages, a.context, a.split, limit=a.limit)
 
 def poison_rows(
     samples,        # clean rows
@@ -549,7 +550,7 @@ def _verdict_in(g, name):
         if isinstance(x, Verdict): return x
     if not os.path.isfile(os.path.expanduser(path)):
         raise SettingError(f'The variable {path} holds {_a(value)} and no Verdict.' if value is not None else f'There is no variable and no file {path!r} with a verdict.')
-    try: return Verdict.from_json(Path(path).expanduser().read_text(encoding='utf8'))
+    try: return Verdict.from_json((path := Path(path).expanduser()).read_text(encoding='utf8'), path.parent)
     except (ValueError, KeyError, TypeError, AttributeError): raise DataError(f'{path}: this is no verdict.json of a scan.') from None
 
 # %% ../nbs/51_magics.ipynb #0bac569d

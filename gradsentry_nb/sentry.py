@@ -175,16 +175,16 @@ class ScanInterrupted(KeyboardInterrupt):
     "The user stopped the scan; `scores` holds what was finished."
     def __init__(self, scores): super().__init__('Stopped; the rows scored so far are kept.'); self.scores = scores
 
-def _bar(encoded, progress):
+def _bar(lengths, progress):
     "(tick, close) for a progress setting; the bar counts tokens, because the longest rows come first and rows would mislead about the time left."
-    rows, done = sum(e.tokens > 0 for e in encoded), [0]
+    rows, done = int(np.count_nonzero(lengths)), [0]
     if progress is not True:
         tell, close = ticking(rows, progress, 'rows')
         return lambda i: tell(), close
     from tqdm.auto import tqdm
-    bar = tqdm(total=sum(len(e) for e in encoded if e.tokens), unit=' tokens', unit_scale=True, mininterval=.2)
+    bar = tqdm(total=int(np.sum(lengths)), unit=' tokens', unit_scale=True, mininterval=.2)
     def tick(i):
-        done[0] += 1; bar.set_description(f'{done[0]:,} of {rows:,} rows', refresh=False); bar.update(len(encoded[i]))
+        done[0] += 1; bar.set_description(f'{done[0]:,} of {rows:,} rows', refresh=False); bar.update(int(lengths[i]))
     return tick, bar.close
 
 # %% ../nbs/13_sentry.ipynb #cf8be686
@@ -226,12 +226,12 @@ class Sentry:
         return f'Sentry({self.name!r}, preset={self.preset!r}, statistic={s.statistic!r}, {f"layer={s.layer!r}, " if s.layer else ""}threshold={s.threshold!r})'
 
 # %% ../nbs/13_sentry.ipynb #567a677a
-def _info(self, samples, notes):
+def _info(self, samples, notes, known_as=None):
     config = self.model.config
     return dict(detector='gradsentry', statistic=self.settings.statistic, layer=self.settings.layer, preset=self.preset, settings=asdict(self.settings),
                 model=self.name, architecture=type(self.model).__name__, revision=getattr(config, '_commit_hash', None), dtype=str(self.model.dtype).removeprefix('torch.'),
                 tokenizer=type(self.tokenizer).__name__, source=getattr(samples, 'source', 'rows'), read=getattr(samples, 'said', []),
-                rows=len(samples), fingerprint=fingerprint(samples), notes=notes)
+                rows=len(samples), fingerprint=known_as or fingerprint(samples), notes=notes)
 
 # %% ../nbs/13_sentry.ipynb #d5d68f21
 def _limit(self):
@@ -256,8 +256,11 @@ class Scan:
         self.sentry, self.samples = sentry, as_samples(samples)
         self.encoded, self.capture = encoded or sentry.encode(self.samples), sentry.capture()
         self.rows, self.pending = {}, {}    # index -> statistics of finished rows; roots of rows that wait for them
-        self.total = sum(e.tokens > 0 for e in self.encoded)                   # rows with an answer
+        self.lengths = np.array([len(e) if e.tokens else 0 for e in self.encoded])   # tokens of each row, 0 without an answer
+        self.total = int(np.count_nonzero(self.lengths))                        # rows with an answer
     def __len__(self): return len(self.rows)+len(self.pending)                  # rows done
+    @property
+    def done(self)->list: return [*self.rows, *self.pending]                    # their indices
     @property
     def at_hand(self)->list:                                                    # rows of the batch that is being computed
         todo = [i for i, e in enumerate(self.encoded) if e.tokens]
@@ -270,9 +273,6 @@ class Scan:
             yield i
         self.flush()
 
-    def only(self, at)->'Scan':
-        "A scan of the rows `at` alone, with a plan and notes of its own."
-        return Scan(self.sentry, Samples([self.samples[i] for i in at]), [self.encoded[i] for i in at])
     def flush(self):
         "Make the statistics of all rows that are done."
         if self.pending: self.rows.update(_keep(self.pending, self.sentry.settings)); self.pending = {}
@@ -288,18 +288,18 @@ class Scan:
         return Scores(self.frame(done), {**self.sentry.info(some, self.capture.notes), 'interrupted': True})
     def scores(self)->Scores:
         "Scores of all rows, when all are done."
-        notes = self.capture.notes+_notes(self.encoded, self.sentry.tokenizer)
+        notes = self.capture.notes+_notes(sum(e.cut for e in self.encoded), len(self.encoded), self.sentry.tokenizer)
         return _checked(Scores(self.frame(range(len(self.samples))), self.sentry.info(self.samples, notes)))
 
 # %% ../nbs/13_sentry.ipynb #7198c90a
 def run_scan(
-    scan:Scan,          # rows that it has already count as done
+    scan,               # a `Scan`, or anything with its `lengths`, `done`, `partial` and `scores`; rows that it has already count as done
     progress=True,      # True for a bar, False for silence, or a callable (done, total)
 )->Scores:
     "Go through a scan to its end; what an interrupted one has done is in `ScanInterrupted.scores`."
-    tick, close = _bar(scan.encoded, progress)
+    tick, close = _bar(scan.lengths, progress)
     try:
-        for i in list(scan.rows): tick(i)
+        for i in list(scan.done): tick(i)
         for i in scan: tick(i)
     except KeyboardInterrupt:
         scan.sentry.partial = scan.partial()
@@ -315,14 +315,13 @@ def _score(self,
     return run_scan(Scan(self, samples), progress)
 
 # %% ../nbs/13_sentry.ipynb #eaca1ab4
-def _notes(encoded, tokenizer):
-    "Sentences about the rows that a reader of the report should know."
-    cut, n = sum(e.cut for e in encoded), len(encoded)
+def _notes(cut, n, tokenizer):
+    "Sentences about the rows that a reader of the report should know: `cut` of them, `n`, were too long."
     return [f'{cut} of {n} rows were longer than the limit and were cut.']*(cut > 0) + ['The tokenizer has no end-of-text token; only the response was supervised.']*(tokenizer.eos_token_id is None)
 
 def _checked(scores):
     "Refuse scores that hold nothing."
-    problems = scores.frame['problem']
+    problems = scores.only(['problem'])['problem']
     if (problems == NOT_FINITE).any() and not scores.scorable.any(): raise ModelError('The model returned NaN or inf for every row; are its weights broken, or is its dtype too narrow? Try dtype="float32" (--dtype float32).')
     return scores
 
@@ -346,16 +345,16 @@ def _filter(self,
 )->Verdict:
     "Score the rows and draw the cut."
     need_clean(self.settings.threshold, known_clean)
-    clean = self.known(known_clean, progress) if known_clean is not None else None
+    clean = self.known(known_clean, progress, score) if known_clean is not None else None
     scores = (score or self.score)(samples, progress)
     try: return verdict_of(scores, self.settings, clean)
     except KeyboardInterrupt: raise ScanInterrupted(scores) from None
 
-def _known(self, samples, progress):
+def _known(self, samples, progress, score=None):
     "Scores of known-clean rows; refuses too few before it starts."
     samples = as_samples(samples)
     if self.settings.threshold == 'calibrated': check_rate(self.settings.fpr, len(samples))
-    try: return self.score(samples, progress)
+    try: return (score or self.score)(samples, progress)
     except ScanInterrupted: raise KeyboardInterrupt from None  # these are not the rows that were asked about
 
 Sentry.known = _known
