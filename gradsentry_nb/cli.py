@@ -78,7 +78,7 @@ def _scan(a):
     changes, samples = _check(a), read_rows(a.source, a)
     print(f'{visible(samples.source)}: {len(samples):,} row{"s"*(len(samples) != 1)}, {"; ".join(map(visible, samples.said))}.')
     _quiet_loading()
-    sentry = Sentry.from_pretrained(a.model, a.preset, a.device, a.dtype, a.trust_remote_code, a.allow_pickle, **changes)
+    sentry = Sentry.from_pretrained(a.model, a.preset, a.device, a.dtype, a.trust_remote_code, a.allow_pickle, quantize=a.quantize, **changes)
     if a.dry_run: return print(dry_run(sentry, samples))
     if a.estimate: return print(f'{estimate(sentry, samples)}\nNext: the same command without --estimate scans.')
     _finish(a, sentry, samples, lambda rows, progress: scan_to(sentry, rows, a.out/UNFINISHED, progress, print))
@@ -101,7 +101,7 @@ def dry_run(
     tokens = [visible(sentry.tokenizer.decode([int(i)])) for i in e.ids]
     shown = ''.join(f'[{t}]' if on else t for t, on in zip(tokens, e.supervised))
     return '\n'.join([
-        f'Model {visible(sentry.name)}: {type(sentry.model).__name__}, {sum(p.numel() for p in sentry.model.parameters()):,} parameters, {sentry.model.dtype}.'.replace('torch.', ''),
+        f'Model {visible(sentry.name)}: {type(sentry.model).__name__}, {sentry.model.num_parameters():,} parameters, {sentry.model.dtype}.'.replace('torch.', ''),
         f'Of the first {n:,} rows {sum(x.tokens == 0 for x in encoded)} have an empty response and {sum(x.cut for x in encoded)} are longer than {sentry.limit()} tokens.',
         f'Row {samples[row].row}: {len(e)} tokens, {e.tokens} of them supervised (in brackets):', shown,
         f'Next: the same command without --dry-run scans {len(samples):,} rows with preset {sentry.preset!r}.'])
