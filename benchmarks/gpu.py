@@ -86,7 +86,7 @@ def measure(size, device, n, few):
     rate, out = matrix_rate(device, 8192 if size != 'tiny' else 256), []
     for name, (f, part, shared) in methods.items():
         f(model, part[:64])  # warm up
-        seconds, gb = timed(lambda: f(model, part), device)
+        seconds, gb = timed(partial(f, model, part), device)
         share = np.nan if shared is None else operations(model, part, shared)/seconds/rate
         out.append(dict(size=size, parameters=model.num_parameters(), method=name, rows=len(part), rows_per_second=len(part)/seconds, share_of_rate=share, peak_gb=gb, budget=budget,
                         matrix_teraflops=rate/1e12, **about(device)))

@@ -7,7 +7,6 @@ The embedded demo set with the embedded model, and the published WebQA BadNets m
 loss is large enough for autograd to keep its digits; `alone`: the largest relative distance from the gradient of the same row in a batch of its own. `rank_correlation`
 is Spearman's, of the scores with those of float32."""
 import argparse
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -50,11 +49,11 @@ def study(name, folder, samples, truth):
     for how in (None, *QUANTIZED):
         model, tokenizer = load_model(str(folder), 'cpu', quantize=how)
         sentry = Sentry(model, tokenizer)
-        start = time.perf_counter(); verdict = sentry.filter(samples, progress=False); seconds = time.perf_counter()-start
+        verdict = sentry.filter(samples, progress=False)
         score, e, (autograd, alone) = verdict.scores.frame['score'], evaluate(verdict, truth), gaps(model, sentry.encode(samples[:CHECKED]))
         before = score if before is None else before
         shared = any('computed once' in n for n in verdict.scores.info['notes'])
-        yield dict(set=name, weights=how or 'float32', rows=len(score), megabytes=model.get_memory_footprint()/1e6, rows_per_second=len(score)/seconds, prefix_shared=shared,
+        yield dict(set=name, weights=how or 'float32', rows=len(score), megabytes=model.get_memory_footprint()/1e6, prefix_shared=shared,
                    gradient_gap=f'{autograd:.1e}', alone=f'{alone:.1e}', rank_correlation=spearmanr(score, before, nan_policy='omit').statistic, recall=e.recall, precision=e.precision,
                    f1=e.f1, auroc=e.auroc, cut=verdict.cut.value)
 
@@ -64,7 +63,7 @@ def main(argv=None):
     parser.add_argument('--limit', type=int, help='only the first rows of each set')
     parser.add_argument('--out', type=Path, default=HERE/'results/quantised.csv', metavar='FILE')
     args = parser.parse_args(argv)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     table = pd.DataFrame([row for name, parts in sets(args.limit).items() for row in study(name, *parts)]).round(4)
     table.to_csv(args.out, index=False)
     print(table.to_string(index=False))
