@@ -79,7 +79,7 @@ def _scan(a):
     n = len(rows)    # reads the file to its end: what is wrong in it is said before the model is loaded
     print(f'{visible(rows.source)}: {n:,} row{"s"*(n != 1)}, {"; ".join(map(visible, rows.said))}.')
     _quiet_loading()
-    sentry = Sentry.from_pretrained(a.model, a.preset, a.device, a.dtype, a.trust_remote_code, a.allow_pickle, **changes)
+    sentry = Sentry.from_pretrained(a.model, a.preset, a.device, a.dtype, a.trust_remote_code, a.allow_pickle, quantize=a.quantize, **changes)
     if a.dry_run: return print(dry_run(sentry, rows))
     if a.estimate: return print(f'{estimate(sentry, rows)}\nNext: the same command without --estimate scans.')
     _finish(a, sentry, rows, lambda some, progress: scan_to(sentry, some, a.out/UNFINISHED[some is not rows], progress, print))
@@ -104,7 +104,7 @@ def dry_run(
     tokens = [visible(sentry.tokenizer.decode([int(i)])) for i in e.ids]
     shown = ''.join(f'[{t}]' if on else t for t, on in zip(tokens, e.supervised))
     return '\n'.join([
-        f'Model {visible(sentry.name)}: {type(sentry.model).__name__}, {sum(p.numel() for p in sentry.model.parameters()):,} parameters, {sentry.model.dtype}.'.replace('torch.', ''),
+        f'Model {visible(sentry.name)}: {type(sentry.model).__name__}, {sentry.model.num_parameters():,} parameters, {sentry.model.dtype}.'.replace('torch.', ''),
         f'Of the first {n:,} rows {sum(x.tokens == 0 for x in encoded)} have an empty response and {sum(x.cut for x in encoded)} are longer than {sentry.limit()} tokens.',
         f'Row {first[row].row}: {len(e)} tokens, {e.tokens} of them supervised (in brackets):', shown,
         f'Next: the same command without --dry-run scans {len(samples):,} rows with preset {sentry.preset!r}.'])

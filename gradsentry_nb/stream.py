@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, torch
 
+from .capture import run_device
 from .core import DataError, ModelError, Scores, SettingError, content_hash, visible
 from .data import Samples, as_rows, pick
 from .report import WHOLE, check_out
@@ -171,7 +172,7 @@ def identity(
     s, model = sentry.settings, sentry.model
     config = {k: v for k, v in model.config.to_dict().items() if k not in ('_name_or_path', 'transformers_version', '_commit_hash')}
     return dict(format='gradsentry-scan-2', rows=len(found.lengths), texts=found.texts, tokens=found.tokens, weights=model_fingerprint(model),
-                config=content_hash(json.dumps(config, sort_keys=True, default=str)), dtype=str(model.dtype), device=model.get_input_embeddings().weight.device.type,
+                config=content_hash(json.dumps(config, sort_keys=True, default=str)), dtype=str(model.dtype), device=run_device(model).type,
                 max_length=sentry.limit(), budget=budget, **{k: getattr(s, k) for k in ('layer', 'k', 'crop', 'window', 'share_prefix')},
                 **{p: _version(p) for p in ('gradsentry_nb', 'torch', 'transformers')})
 
@@ -231,7 +232,7 @@ def _run_chunks(self, numbers):
     for n in numbers:
         a, b = self.plan[n]
         self.part, self.at = Scan(self.sentry, self.between(a, b)), a
-        self.part.capture.budget = min(self.budget, self.part.capture.budget)
+        self.part.capture.budget = self.budget
         if self.part.total:
             for i in self.part: yield a+i
         self.keep(n)
@@ -305,7 +306,7 @@ def _described(self, rows, more=()):
     "What produced the scores."
     least = self.found.counts.least
     few = [f'Runs of answer words were counted in bounded memory: one that is in fewer than {least:,} rows may be in more than `ngram_rows` says.']*(least > 0)
-    return {**self.sentry.info(self.rows, [*self.notes, *more, *few], self.found.texts), 'rows': rows}
+    return {**self.sentry.info(self.rows, [*self.notes, *more, *few], self.found.texts), 'rows': rows, 'budget': self.about['budget']}
 
 def _partial(self):
     "Scores of the rows that are done."
