@@ -1,4 +1,5 @@
 "Capture of many layers in one backward pass: against autograd and the single-layer path, what goes into a pass, what is left out."
+# ruff: noqa: F811 (fixtures of another file are arguments here)
 import re
 from copy import deepcopy
 from functools import cache
