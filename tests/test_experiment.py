@@ -351,9 +351,8 @@ def test_the_layers_of_a_grid_come_from_one_scan(monkeypatch, model, clean):
     "And have the numbers of their own scans; with one of them refused, each is scanned for itself."
     from gradsentry_nb.sentry import Sentry
     grid, calls = Grid(rates=(.1, .2), defences=('gradsentry_paper',), layers=('last',)), []
-    for name in ('score', 'score_layers'):
-        def counted(self, *a, _name=name, _real=getattr(Sentry, name), **kw): calls.append(_name); return _real(self, *a, **kw)
-        monkeypatch.setattr(Sentry, name, counted)
+    def count(name, real): monkeypatch.setattr(Sentry, name, lambda *a, **kw: (calls.append(name), real(*a, **kw))[1])
+    count('score', Sentry.score); count('score_layers', Sentry.score_layers)
     many = run(grid, model, clean[:20])
     assert len(many) == 16 and calls == ['score', 'score_layers']*2
     def refuse(*a, **kw): raise ex.GradSentryError('no gradient')
