@@ -8,7 +8,8 @@ __all__ = ['PREFIX', 'row_root', 'GradFactors', 'inner', 'text_config', 'positio
            'relax', 'sharing_problem', 'prefix_cache', 'repeat_cache', 'fed', 'check_positions', 'hidden_states',
            'factor_rows', 'LongFactors', 'batch_factors', 'free_memory', 'token_budget', 'own_budget', 'out_of_memory',
            'Capture', 'one_length', 'capture_factors', 'linear_layers', 'find_layer', 'dense_gradient', 'leaf_at',
-           'frozen', 'only_at', 'flowing', 'backward_to', 'check_adapter', 'per_token', 'LayerCapture', 'layer_factors']
+           'frozen', 'only_at', 'check_flow', 'flowing', 'backward_to', 'check_adapter', 'per_token', 'LayerCapture',
+           'layer_factors', 'find_layers', 'LayersCapture']
 
 # %% ../nbs/10_capture.ipynb #f2b65a05
 import copy, re, threading, weakref
@@ -569,15 +570,18 @@ def linear_layers(
 def _families(names): return ', '.join(dict.fromkeys(re.sub(r'(?<=\.)\d+(?=\.)', '*', n) for n in names))  # 'layers.*.mlp.up_proj' for all 32
 
 # %% ../nbs/10_capture.ipynb #08dacbbb
+_ENDS = '', '.base_layer', '.default', '.modules_to_save.default'  # what peft puts behind a name
+
+def _fitting(names, whole): return [whole] if whole in names else [n for n in names if fnmatchcase(n, whole) or fnmatchcase(n, f'*.{whole}')]
+
 def find_layer(
     model,         # a transformers model, possibly wrapped by peft
     name:str,      # as in `linear_layers`, or the end of a name, or a pattern: 'layers.3.mlp.down_proj', '*.3.*.down_proj'
 )->tuple:          # (full name, module)
     "The one linear layer that `name` fits; a `ModelError` that lists the names when it is none or several."
     names, name = linear_layers(model), str(name).removesuffix('.weight')
-    for end in ('', '.base_layer', '.default', '.modules_to_save.default'):
-        whole = f'{name}{end}'
-        found = [whole] if whole in names else [n for n in names if fnmatchcase(n, whole) or fnmatchcase(n, f'*.{whole}')]
+    for end in _ENDS:
+        found = _fitting(names, f'{name}{end}')
         if len(found) == 1: return found[0], model.get_submodule(found[0])
         if found: raise ModelError(f'{name!r} fits {len(found)} layers; choose one of {", ".join(found[:8])}{", ..." if len(found) > 8 else ""}.')
     raise ModelError(_why_no_layer(model, name, names))
@@ -622,14 +626,17 @@ def dense_gradient(
 def leaf_at(
     module:nn.Module,   # a linear layer
     name:str='it',      # for the message
-):                      # yields a list that receives the layer's input and its output, the leaf of what follows
-    "Catch what goes into a layer and make its output the place where the graph begins."
-    caught = []
+    met:list|None=None, # the layers that the pass has met so far, where several are watched
+):                      # yields a list that receives the layer's input and its output, once for each call
+    "Catch what goes into a layer and what comes out; the output of the first layer that a pass meets is where the graph begins."
+    caught, met = [], [] if met is None else met
     def hook(m, args, kwargs, out):
-        if caught: raise ModelError(f'{name!r} is called more than once in a pass (a shared block?), so its gradient is not one product; choose another layer.')
         x, = (*args, *kwargs.values())
-        caught.extend((x.detach().clone(), out.detach().requires_grad_()))  # cloned: what follows may work in place
-        return caught[1].clone()
+        inside = bool(met) and x.requires_grad     # behind another leaf: the graph goes on
+        if inside: check_flow(name, m, (x,), out)
+        y = out if inside else out.detach().requires_grad_()
+        met.append(name); caught.append((x.detach().clone(), y))  # cloned: what follows may work in place
+        return y.clone()
     handle = module.register_forward_hook(of_this_thread(hook), with_kwargs=True, prepend=True)
     try: yield caught
     finally: handle.remove()
@@ -663,17 +670,19 @@ def only_at(
     finally: handle.remove()
 
 # %% ../nbs/10_capture.ipynb #0b0e9baf
+def check_flow(name, module, args, out):
+    "Refuse a layer that takes something with a gradient and gives something without."
+    if not (isinstance(out, Tensor) and out.is_floating_point() and any(isinstance(a, Tensor) and a.requires_grad for a in args)): return
+    if not out.requires_grad or 'NotImplemented' in out.grad_fn.name():
+        raise ModelError(f'No gradient flows through {name!r} ({type(module).__name__}); load the model unquantised, or score by the output head (leave the layer out).')
+
 @contextmanager
 def flowing(
     model,   # watched inside the `with`
 ):
     "Refuse a model in which a layer that a gradient should pass through stops it."
-    def hook(name, module, args, out):
-        if not (isinstance(out, Tensor) and out.is_floating_point() and any(isinstance(a, Tensor) and a.requires_grad for a in args)): return
-        if not out.requires_grad or 'NotImplemented' in out.grad_fn.name():
-            raise ModelError(f'No gradient flows through {name!r} ({type(module).__name__}); load the model unquantised, or score by the output head (leave the layer out).')
     watched = [(n, m) for n, m in model.named_modules() if hasattr(m, 'in_features') or hasattr(m, 'infeatures')]
-    handles = [m.register_forward_hook(of_this_thread(partial(hook, n))) for n, m in watched]
+    handles = [m.register_forward_hook(of_this_thread(partial(check_flow, n))) for n, m in watched]
     try: yield
     finally:
         for h in handles: h.remove()
@@ -683,23 +692,31 @@ def _power(r): return 2**(r.tokens.bit_length()-1)  # at most the number of supe
 
 def backward_to(
     model,                  # in evaluation mode
-    layer:tuple,            # (name, module) as from `find_layer`
+    layers:dict,            # name -> module
     rows:list,              # `Encoded` rows of one batch
     check:bool=False,       # watch whether gradients flow?
-)->tuple:                   # (H the layer's inputs, D gradient of each row's mean loss times `_power` in its outputs, [N] loss of the supervised tokens)
-    "One forward pass, and one backward pass down to the layer; nothing else gets a gradient."
-    (name, module), y = layer, torch.cat([torch.from_numpy(r.ids[r.supervised].astype(np.int64)) for r in rows])
+)->tuple:                   # ({name: (H its inputs, D gradient of each row's mean loss times `_power` in its outputs)}, {name: why not}, [N] loss of the supervised tokens)
+    "One forward pass, and one backward pass down to the first of the layers; nothing else gets a gradient."
+    y, met = torch.cat([torch.from_numpy(r.ids[r.supervised].astype(np.int64)) for r in rows]), []
     ids = pad_right([r.ids[:n] for r, n in zip(rows, fed(model, rows))]).to(model.get_input_embeddings().weight.device)
     which, at = (torch.from_numpy(np.concatenate(x)) for x in zip(*[(np.full(r.tokens, i), np.flatnonzero(r.supervised)-1) for i, r in enumerate(rows)]))
     with torch.enable_grad(), frozen(model):
-        with only_at(model, ids, which, at), leaf_at(module, name) as caught, flowing(model) if check else ExitStack():
+        with only_at(model, ids, which, at), ExitStack() as hooks:
+            caught = {n: hooks.enter_context(leaf_at(m, n, met)) for n, m in layers.items()}
+            if check: hooks.enter_context(flowing(model))
             z = model(input_ids=ids, use_cache=False).logits[0]
-        if not caught: raise ModelError(f'{name!r} is not called when the model runs on text (an inactive adapter, a part for images, a weight used by itself?); choose another layer.')
         D, loss = factor_rows(nn.Identity(), Tail(), z.detach(), y.to(z.device))
         D *= torch.cat([D.new_full((r.tokens, 1), _power(r)/r.tokens) for r in rows])
-        g = torch.autograd.grad(z, caught[1], D.to(z.dtype), allow_unused=True)[0] if z.requires_grad else None
-    if g is None: raise ModelError(f'The logits do not depend on {name!r}; choose another layer.')
-    return caught[0], g, loss
+        once = {n: c[0] for n, c in caught.items() if len(c) == 1}
+        g = torch.autograd.grad(z, [u for _, u in once.values()], D.to(z.dtype), allow_unused=True) if once and z.requires_grad else [None]*len(once)
+    found = {n: (H, d) for (n, (H, _)), d in zip(once.items(), g) if d is not None}
+    return found, {n: _why_no_gradient(n, len(caught[n])) for n in layers if n not in found}, loss
+
+def _why_no_gradient(name, calls):
+    "A sentence for a layer whose gradient a pass did not give."
+    if calls > 1: return f'{name!r} is called more than once in a pass (a shared block?), so its gradient is not one product; choose another layer.'
+    if calls: return f'The logits do not depend on {name!r}; choose another layer.'
+    return f'{name!r} is not called when the model runs on text (an inactive adapter, a part for images, a weight used by itself?); choose another layer.'
 
 # %% ../nbs/10_capture.ipynb #ba5db88b
 def check_adapter(
@@ -707,9 +724,13 @@ def check_adapter(
     name:str,     # full name of a layer
 ):
     "Refuse LoRA's A while its B is zero."
-    if '.lora_A.' not in name: return
+    if why := _adapter_problem(model, name): raise ModelError(why)
+
+def _adapter_problem(model, name):
+    "A sentence for LoRA's A while its B is zero."
+    if '.lora_A.' not in name: return None
     B = model.get_submodule(name.replace('.lora_A.', '.lora_B.'))
-    if not B.weight.any(): raise ModelError(f'The gradient of {name!r} is zero, because its lora_B is still zero (a fresh adapter); choose the lora_B or the base_layer.')
+    return None if B.weight.any() else f'The gradient of {name!r} is zero, because its lora_B is still zero (a fresh adapter); choose the lora_B or the base_layer.'
 
 def per_token(
     x:Tensor,     # what a layer saw or gave
@@ -736,7 +757,6 @@ class LayerCapture:
     def __post_init__(self):
         self.head, (self.layer, self.module) = head_of(self.model), find_layer(self.model, self.layer)
         check_adapter(self.model, self.layer)
-        self.by_token = any(m is self.module for m in self.head.modules())  # the head sees nothing but the supervised positions
         size, device = (w := self.model.get_input_embeddings().weight).shape[0], w.device.type
         self.budget, self.tokens = self.budget or (1024 if device == 'cpu' else 2048), max(1, self.room//size)
         self.notes.append(f'The gradient is that of the layer {self.layer}, by a backward pass.')
@@ -751,12 +771,19 @@ class LayerCapture:
             self.watch = False
     def factors(self, rows, check=False):
         "Factors of each row of one batch."
-        H, D, loss = backward_to(self.model, (self.layer, self.module), rows, check)
-        counts, own = [r.tokens for r in rows], lambda x: x if x.dtype == torch.float64 else x.float()
-        if not self.by_token: H, D = (per_token(x, (len(rows), max(fed(self.model, rows))), self.layer) for x in (H, D))
-        parts = zip(H[0].split(counts), D[0].split(counts)) if self.by_token else ((H[i, :r.last], D[i, :r.last]) for i, r in enumerate(rows))
+        found, why, loss = backward_to(self.model, {self.layer: self.module}, rows, check)
+        for sentence in why.values(): raise ModelError(sentence)
+        yield from self.apart(self.layer, *found[self.layer], loss, rows)
+    def apart(self, name, H, D, loss, rows):
+        "Yield each row's own factors from those of the batch."
+        counts, own, by_token = [r.tokens for r in rows], lambda x: x if x.dtype == torch.float64 else x.float(), self.by_token(name)
+        if not by_token: H, D = (per_token(x, (len(rows), max(fed(self.model, rows))), name) for x in (H, D))
+        parts = zip(H[0].split(counts), D[0].split(counts)) if by_token else ((H[i, :r.last], D[i, :r.last]) for i, r in enumerate(rows))
         for r, l, (h, d) in zip(rows, loss.split(counts), parts):
-            yield GradFactors(own(d)/_power(r), own(h), l, None if self.by_token else torch.from_numpy(np.flatnonzero(r.supervised)-1).to(h.device))
+            yield GradFactors(own(d)/_power(r), own(h), l, None if by_token else torch.from_numpy(np.flatnonzero(r.supervised)-1).to(h.device))
+    def by_token(self, name):
+        "Is a layer (part of) the head, which sees nothing but the supervised positions?"
+        return any(m is self.model.get_submodule(name) for m in self.head.modules())
 
 # %% ../nbs/10_capture.ipynb #a3e75d4a
 @torch.inference_mode(False)  # tensors of a caller's inference mode could not be differentiated
@@ -773,3 +800,81 @@ def layer_factors(
         for i, f in self.in_batches(range(len(some)), np.array(fed(self.model, some)), some, partial(self.parts, some)): yield todo[i], f
 
 LayerCapture.plan, LayerCapture.halve, LayerCapture.in_batches, LayerCapture.note, LayerCapture.__call__ = _plan, _halve, _in_batches, Capture.note, layer_factors
+
+# %% ../nbs/10_capture.ipynb #f6406f89
+def find_layers(
+    model,          # a transformers model, possibly wrapped by peft
+    layers='all',   # 'all', or a name, an end of names or a pattern ('down_proj', '*.3.*', '*lora_B*'), or several of these in a list
+)->dict:            # full name -> was it asked for by a name that fits nothing else?, in the model's own order
+    "Every linear layer that the names fit; a `ModelError` for one that fits none."
+    names, out = linear_layers(model), {}
+    for x in [layers] if isinstance(layers, str) else layers:
+        x = str(x).removesuffix('.weight')
+        found = names if x == 'all' else list(dict.fromkeys(n for end in _ENDS for n in _fitting(names, f'{x}{end}')))
+        if not found: raise ModelError(_why_no_layer(model, x, names))
+        for n in found: out[n] = out.get(n, False) or (len(found) == 1 and not re.search(r'[*?[]', x))
+    if not out: raise ModelError(f'No layer is named; write "all" or some of {_families(names)}.')
+    return {n: out[n] for n in names if n in out}
+
+# %% ../nbs/10_capture.ipynb #80226824
+def _sides(m): return (m.nx, m.nf) if hasattr(m, 'nf') else (m.in_features, m.out_features)  # of a Conv1D, of a Linear
+
+@dataclass(eq=False)
+class LayersCapture:
+    "Per-sample gradient factors of many linear layers: one forward and one backward pass for each batch and group of layers."
+    model:nn.Module              # a transformers causal language model; left exactly as it was found
+    layers:object='all'          # as for `find_layers`
+    budget:int|None=None         # most tokens in a batch, padding included; None: 1,024 on a CPU, 2,048 elsewhere
+    keep:object=lambda name, f: f  # (name, `GradFactors`) -> what is handed out; without one the factors of all layers are held
+    limit:int=2**30              # most bytes of the layers' inputs, outputs and gradients in one pass
+    room:int=2**26               # most supervised tokens x vocabulary entries held at once; a longer answer runs alone
+    notes:list = field(default_factory=list)  # sentences about what was decided
+    at:tuple = ()                # the batch at hand: places among the rows that have an answer
+    watch:bool = True            # look whether gradients flow? (in the first batch of a run)
+
+    def __post_init__(self):
+        self.head, self.named, self.left_out = head_of(self.model), find_layers(self.model, self.layers), {}
+        self.modules = {n: self.model.get_submodule(n) for n in self.named}
+        size, device = (w := self.model.get_input_embeddings().weight).shape[0], w.device.type
+        self.budget, self.tokens = self.budget or (1024 if device == 'cpu' else 2048), max(1, self.room//size)
+        self.leave_out({n: why for n in self.modules if (why := _adapter_problem(self.model, n))})
+        n = len(self.passes(self.budget, self.budget))
+        self.notes.insert(0, f'The gradients are those of {len(self.modules)} layers, by {"one backward pass" if n == 1 else f"up to {n} backward passes"} for a batch of {self.budget} tokens.')
+    def __repr__(self): return f'LayersCapture({type(self.model).__name__}, {len(self.modules)} layers, budget={self.budget})'
+
+    def passes(self,
+        tokens:int,      # in the batch, padding included
+        answers:int,     # supervised ones
+    )->list:             # of lists of names
+        "Which layers go together: as many, in order, as keep (in + 2 out) numbers a token within the limit."
+        out, held, width = [], 0, self.model.get_input_embeddings().weight.element_size()
+        for n, m in self.modules.items():
+            into, outof = _sides(m)
+            need = (into+2*outof)*width*(answers if self.by_token(n) else tokens)
+            if not out or held+need > self.limit: out.append([]); held = 0
+            out[-1].append(n); held += need
+        return out
+    def leave_out(self,
+        why:dict,        # name -> sentence
+    ):
+        "Go on without these layers; a `ModelError` for one that was asked for, or when none is left."
+        for n, sentence in why.items():
+            if self.named[n] or len(self.modules) == 1: raise ModelError(sentence)
+            del self.modules[n]
+        self.left_out |= why
+        if why: self.note(f'{len(why)} layer{"s"*(len(why) > 1)} without a gradient {"were" if len(why) > 1 else "was"} left out ({_families(why)}). {next(iter(why.values()))}')
+    def factors(self, rows, check=False):
+        "What is kept of each row of one batch: {name: ..}."
+        out = [{} for _ in rows]
+        for names in self.passes(len(rows)*max(fed(self.model, rows)), sum(r.tokens for r in rows)):
+            relax(self.model, self.head)
+            found, why, loss = backward_to(self.model, {n: self.modules[n] for n in names}, rows, check)
+            for n in list(found):
+                try:
+                    for o, f in zip(out, self.apart(n, *found.pop(n), loss, rows)): o[n] = self.keep(n, f)
+                except ModelError as e: why[n] = str(e)
+            self.leave_out(why)
+        return out
+
+LayersCapture.plan, LayersCapture.halve, LayersCapture.in_batches, LayersCapture.note = _plan, _halve, _in_batches, Capture.note
+LayersCapture.parts, LayersCapture.apart, LayersCapture.by_token, LayersCapture.__call__ = LayerCapture.parts, LayerCapture.apart, LayerCapture.by_token, layer_factors

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'QUANTIZED', 'CHUNK', 'NOT_FINITE', 'NO_GRADIENT', 'Settings', 'of_adapter', 'settings_for', 'load_model',
-           'model_fingerprint', 'ScanInterrupted', 'Sentry', 'Scan', 'run_scan', 'verdict_of']
+           'model_fingerprint', 'ScanInterrupted', 'Sentry', 'Scan', 'run_scan', 'LayerScores', 'LayersScan',
+           'verdict_of']
 
 # %% ../nbs/13_sentry.ipynb #91449a61
-import logging, math, re
+import copy, logging, math, re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 
-from .capture import Capture, LayerCapture, check_vocabulary, positions
+from .capture import Capture, LayerCapture, LayersCapture, check_vocabulary, positions
 from .core import ModelError, Scores, SettingError, Verdict, choose, content_hash, optional, ticking, visible
 from .data import EMPTY, Samples, as_samples, encode_samples, fingerprint
 from .spectrum import STATISTICS, WINDOW, row_roots, statistics
@@ -242,18 +243,26 @@ class Sentry:
         **changes,                 # fields of `Settings`
     ):
         self.model, self.tokenizer, self.preset = model, tokenizer, preset
-        self.settings = settings_for(preset, **changes)
+        self.settings, self.changes = settings_for(preset, **changes), changes
         self.name = name or getattr(model.config, 'name_or_path', '') or type(model).__name__
         self.partial = None        # scores of an interrupted scan
         self.budget = None         # most tokens in a batch where the settings do not say; asked for once, since free memory changes
         first = self.capture()     # refuses a model or layer that cannot be scanned now, not after an hour
         self.budget, layer = first.budget, getattr(first, 'layer', None)
-        if layer: self.settings = settings_for(preset, **{**changes, 'layer': layer})  # its full name
+        if layer: self.settings = self.at_layer(layer).settings    # its full name
 
     def capture(self):
         "What makes the factors: `Capture` for the output head, `LayerCapture` for a layer."
         s, budget = self.settings, self.settings.budget or self.budget
         return Capture(self.model, budget, share=s.share_prefix) if s.layer is None else LayerCapture(self.model, s.layer, budget)
+
+    def at_layer(self,
+        layer:str,                 # full name
+    )->'Sentry':
+        "The same on another layer."
+        out = copy.copy(self)
+        out.settings = settings_for(self.preset, **{**self.changes, 'layer': layer})
+        return out
 
     @classmethod
     def from_pretrained(cls,
@@ -315,11 +324,14 @@ class Scan:
     def __iter__(self):
         "Yield the index of each row as it is done, in the order of the batches."
         for i, f in self.capture(self.encoded):
-            self.pending[i] = _roots(f, self.sentry.settings)
+            self.pending[i] = self.reduced(f)
             if len(self.pending) >= CHUNK: self.flush()
             yield i
         self.flush()
 
+    def reduced(self, f):
+        "What is kept of a row until its statistics are made."
+        return _roots(f, self.sentry.settings)
     def flush(self):
         "Make the statistics of all rows that are done."
         if self.pending: self.rows.update(_keep(self.pending, self.sentry.settings)); self.pending = {}
@@ -373,6 +385,73 @@ def _checked(scores):
     return scores
 
 Sentry.info, Sentry.score = _info, _score
+
+# %% ../nbs/13_sentry.ipynb #af1aefdf
+@dataclass(frozen=True, eq=False)
+class LayerScores:
+    "Scores of the same rows by the gradients of several layers; `scores['layers.3.mlp.up_proj']` are those of one."
+    parts:dict              # layer -> frame without text statistics
+    text:pd.DataFrame       # the text statistics, the same for every layer
+    info:dict               # layer -> what produced its scores
+    left_out:dict           # layer -> why it has none
+
+    def __repr__(self): return f'LayerScores({len(self.text)} rows, {len(self.parts)} layers)'
+    @property
+    def frame(self)->pd.DataFrame:  # one line per layer and row
+        "All of them below each other, with the column `layer`."
+        return pd.concat([f.assign(layer=n) for n, f in self.parts.items()], ignore_index=True)
+    def __getitem__(self, name)->Scores:
+        found = [n for n in self.parts if n == name] or [n for n in self.parts if n.endswith(f'.{name}')]
+        if len(found) != 1: raise SettingError(self.left_out.get(name) or f'{name!r} fits {len(found)} of the scored layers; choose one of {", ".join((found or list(self.parts))[:8])}, ...')
+        frame = self.parts[found[0]]
+        return Scores(pd.concat([frame.drop(columns='score'), self.text, frame[['score']]], axis=1), self.info[found[0]])
+
+class LayersScan(Scan):
+    "A scan by the gradients of several layers at once."
+    def __init__(self,
+        sentry:Sentry,
+        samples,           # `Samples`, or anything that `load_samples` reads
+        layers='all',      # as for `find_layers`
+    ):
+        self.sentry, self.samples = sentry, as_samples(samples)
+        self.encoded = sentry.encode(self.samples)
+        self.capture = LayersCapture(sentry.model, layers, sentry.settings.budget, keep=lambda n, f: _roots(f, self.at[n].settings))
+        self.at = {n: sentry.at_layer(n) for n in self.capture.modules}
+        self.values = {n: np.full((len(self.samples), len(_COLUMNS)), np.nan) for n in self.at}   # layer -> [N, columns]: dicts would take ten times as much
+        self.rows, self.pending, self.problems = {}, {}, {n: {} for n in self.at}
+        self.total = sum(e.tokens > 0 for e in self.encoded)
+    def reduced(self, f): return f                          # `keep` has done it
+    def flush(self):
+        "Make the statistics of all rows that are done."
+        for n, sentry in self.at.items():
+            for i, r in _keep({i: f[n] for i, f in self.pending.items() if n in f}, sentry.settings).items():
+                if 'problem' in r: self.problems[n][i] = r['problem']
+                else: self.values[n][i] = [r[c] for c in _COLUMNS]
+        self.rows.update(dict.fromkeys(self.pending)); self.pending = {}
+    def of(self, at, **more)->LayerScores:
+        "Scores of the rows `at`."
+        some, encoded, layers = Samples([self.samples[i] for i in at], self.samples.source, self.samples.said), [self.encoded[i] for i in at], self.capture.modules
+        row = lambda n, i: dict(problem=self.problems[n][i]) if i in self.problems[n] else {c: int(x) if c.startswith('window_s') else x for c, x in zip(_COLUMNS, self.values[n][i])}
+        parts = {n: _frame(some, encoded, {k: row(n, i) for k, i in enumerate(at) if i in self.rows}, self.at[n].settings, text=False) for n in layers}
+        info = self.sentry.info(some, self.capture.notes+_notes(encoded, self.sentry.tokenizer)) | more
+        return LayerScores(parts, text_columns(some), {n: info | dict(statistic=(s := self.at[n].settings).statistic, layer=n, settings=asdict(s)) for n in layers}, self.capture.left_out)
+    def partial(self)->LayerScores:
+        self.flush()
+        return self.of(sorted(self.rows), interrupted=True)
+    def scores(self)->LayerScores:
+        out = self.of(range(len(self.samples)))
+        _checked(Scores(out.frame))
+        return out
+
+def _score_layers(self,
+    samples,            # `Samples`, or anything that `load_samples` reads
+    layers='all',       # every linear layer, or a name, an end of names or a pattern ('down_proj', '*.3.*', '*lora_B*'), or several of these in a list
+    progress=True,      # as in `run_scan`
+)->LayerScores:
+    "Score every row by the gradient of every layer, by one forward and one backward pass where memory allows."
+    return run_scan(LayersScan(self, samples, layers), progress)
+
+Sentry.score_layers = _score_layers
 
 # %% ../nbs/13_sentry.ipynb #201dfba6
 def verdict_of(

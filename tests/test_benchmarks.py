@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
-from benchmarks import demo_seeds, published_mixes, speed
+from benchmarks import demo_seeds, layers, published_mixes, speed
 
 
 @pytest.fixture(scope='module')
@@ -167,3 +167,17 @@ def test_quantised_runs_small(tmp_path, monkeypatch):
     table = quantised.main(['--limit', '40', '--out', str(tmp_path/'q.csv')])
     assert list(table['weights']) == ['float32', '8bit', '4bit'] and table['rank_correlation'][0] == 1 and (table['rank_correlation'] > .8).all() and (table['rows'] == 40).all()
     assert table['megabytes'].is_monotonic_decreasing
+
+
+def test_layers_are_studied_beside_answer_length(beside, monkeypatch):
+    monkeypatch.setattr(layers, 'STATISTICS', ('entropy', 'grad_norm')); monkeypatch.setattr(layers, 'BOUNDED', ('entropy',))
+    model, some = layers.load_model(str(layers.MODEL), 'cpu'), ['lm_head', 'layers.2.mlp.up_proj']
+    t = pd.DataFrame(layers.study('freebaseqa-badnets', *model, limit=90, layers=some))
+    assert list(t['layer'][:5]) == ['model.layers.2.mlp.up_proj']*2+['lm_head']*2+['answer length alone'] and len(t) == 10
+    assert (t['rows'][:5] == 90).all() and (t['rows'][5:] < 90).all() and t['planted'].nunique() == 1
+    head, every = t.loc[2], layers.load_samples(layers.SHARED/'data/qa/published-freebaseqa-badnets-10.jsonl.gz')
+    found, truth = layers.Sentry(*model, 'paper').score(layers.drawn(every, 90), progress=False), {s.id: s.meta['poisoned'] for s in every}
+    assert head['auroc'] == pytest.approx(layers.evaluate(layers.Verdict(found, layers.cut_scores(found, 'paper')), truth).auroc, abs=1e-3) and head['auroc_low'] < head['auroc']
+    assert (t['f1_paper'].isna() == (t['statistic'] != 'entropy')).all() and (t['best_f1'] >= t['f1_valley']-1e-9).all()
+    times = pd.DataFrame(layers.speed(*model, n=4, layers=some))
+    assert list(times['layers']) == [1, 2, 2] and times['times_slower'].iloc[2] == times['seconds'].iloc[2]/times['seconds'].iloc[1]
