@@ -6,6 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := $(shell grep '^torch==' constraints.txt)
 INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 OUT    ?= gradsentry-demo
+JOBS   ?= 2
 
 .PHONY: help demo test lab bench export notebooks readme wheel check-wheel clean
 .DEFAULT_GOAL := help
@@ -31,7 +32,7 @@ demo: $(VENV)/runtime.stamp ## scan the embedded poisoned set with the embedded 
 	@$(BIN)/gradsentry demo --out $(OUT)
 
 test: $(VENV)/dev.stamp ## the whole suite: sync gates, the lessons in every notebook, tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lab: $(VENV)/dev.stamp ## open the first tutorial in JupyterLab
 	@$(BIN)/python -m jupyterlab $(LABFLAGS) nbs/tutorials/first_scan.ipynb

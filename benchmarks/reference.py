@@ -14,8 +14,8 @@ def published_entropy(model, encoded):
     out = []
     try:
         for e in encoded:
-            ids = torch.from_numpy(e.ids.astype(np.int64))[None]
-            labels = torch.where(torch.from_numpy(e.supervised)[None], ids, -100)
+            ids = torch.from_numpy(e.ids.astype(np.int64))[None].to(model.device)
+            labels = torch.where(torch.from_numpy(e.supervised)[None].to(model.device), ids, -100)
             grad, = torch.autograd.grad(model(input_ids=ids, labels=labels, use_cache=False).loss, [weight])
             crop = grad.detach()[:grad.shape[0]//8, :grad.shape[1]//8].float()
             s = torch.svd_lowrank(crop, q=16)[1].clamp_min(1e-12)
@@ -34,4 +34,4 @@ def plain_forward(model, encoded, batch=32):
         rows = [encoded[j] for j in order[i:i+batch]]
         ids = pad_right([e.ids for e in rows])
         mask = (torch.arange(ids.shape[1])[None] < torch.tensor([len(e) for e in rows])[:, None]).long()
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)

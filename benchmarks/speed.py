@@ -60,10 +60,10 @@ FLOOR = 'floor: the operations at the measured matrix rate'
 
 # ---- what cannot be saved
 
-def operations(model, encoded):
-    "Floating-point operations of a scan in which every distinct beginning of a row is computed once, and the projection at supervised tokens only."
+def operations(model, encoded, shared=True):
+    "Floating-point operations of a scan in which every distinct beginning of a row is computed once (or, not shared, in every row), and the projection at supervised tokens only."
     head, order = head_of(model), sorted(encoded, key=lambda e: e.ids.tolist())
-    known, stop = np.array([0, *map(common_prefix, zip(order, order[1:]))]), np.array([e.last for e in order])
+    known, stop = np.array([0, *map(common_prefix, zip(order, order[1:]))])*shared, np.array([e.last for e in order])
     context = (stop*(stop+1)-known*(known+1)).sum()/2              # keys that the new tokens look at
     weights = sum(m.weight.numel() for m in map(model.get_submodule, linear_layers(model)) if m is not head)
     return 2*weights*(stop-known).sum() + 4*model.config.hidden_size*model.config.num_hidden_layers*context + 2*head.weight.numel()*sum(e.tokens for e in encoded)

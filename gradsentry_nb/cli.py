@@ -45,7 +45,7 @@ def _parser():
     return parser
 
 # %% ../nbs/52_cli.ipynb #e68129d1
-UNFINISHED = 'scan'  # folder in --out: what a scan has finished, until its results are written
+UNFINISHED = 'scan', 'scan-known'  # folders in --out: what a scan has finished, until its results are written; the same of known-clean rows
 
 def _check(a):
     "Refuse what can be refused before anything is loaded; gives the settings that the arguments change."
@@ -75,23 +75,26 @@ def _load(a, team):
     from gradsentry_nb.core import visible
     from gradsentry_nb.magics import read_rows
     from gradsentry_nb.sentry import Sentry
-    changes, samples = _check(a), read_rows(a.source, a)
-    print(f'{visible(samples.source)}: {len(samples):,} row{"s"*(len(samples) != 1)}, {"; ".join(map(visible, samples.said))}.')
+    changes, rows = _check(a), read_rows(a.source, a, held=False)
+    n = len(rows)    # reads the file to its end: what is wrong in it is said before the model is loaded
+    print(f'{visible(rows.source)}: {n:,} row{"s"*(n != 1)}, {"; ".join(map(visible, rows.said))}.')
     _quiet_loading()
-    return Sentry.from_pretrained(a.model, a.preset, team.device(a.device), a.dtype, a.trust_remote_code, a.allow_pickle, **changes), samples
+    return Sentry.from_pretrained(a.model, a.preset, team.device(a.device), a.dtype, a.trust_remote_code, a.allow_pickle, quantize=a.quantize, **changes), rows
 
 def _scan(a):
     from gradsentry_nb.distributed import Team, scan_in_team
-    from gradsentry_nb.stream import estimate, forget
+    from gradsentry_nb.stream import estimate, forget, scan_to
     team = Team.here()
+    def score(some, progress):
+        if some is rows: return scan_in_team(team, sentry, rows, a.out/UNFINISHED[0], progress, print)
+        return scan_to(sentry, some, a.out/UNFINISHED[1], progress, print)          # known-clean rows: the first process alone
     with team.speaking():
-        with team.together(): sentry, samples = _load(a, team)
-        score = lambda rows, progress: scan_in_team(team, sentry, rows, a.out/UNFINISHED, progress, print)
-        if a.dry_run: return print(dry_run(sentry, samples))
-        if a.estimate: return None if team.rank else print(f'{estimate(sentry, samples)}\nNext: the same command without --estimate scans.')
-        if team.rank: return score(samples, False)
-        _finish(a, sentry, samples, score)
-        forget(a.out/UNFINISHED)
+        with team.together(): sentry, rows = _load(a, team)
+        if a.dry_run: return print(dry_run(sentry, rows))
+        if a.estimate: return None if team.rank else print(f'{estimate(sentry, rows)}\nNext: the same command without --estimate scans.')
+        if team.rank: return score(rows, False)
+        _finish(a, sentry, rows, score)
+        for name in UNFINISHED: forget(a.out/name)
 
 def _quiet_loading():
     "This is our own process: transformers' loading bars and advice would only hide what we print."
@@ -101,18 +104,20 @@ def _quiet_loading():
 # %% ../nbs/52_cli.ipynb #2b63b6b4
 def dry_run(
     sentry,        # a `Sentry`
-    samples,       # `Samples`
-    row:int=0,     # which row to show
+    samples,       # `Samples`, or a `Source`
+    row:int=0,     # which row to show, of the first 1,000
 )->str:
     "How `row` is tokenised: prompt tokens plain, supervised tokens in [brackets]."
     from gradsentry_nb.core import visible
-    encoded = sentry.encode(samples[:1000]); e, n = encoded[row], len(encoded)
+    from gradsentry_nb.data import as_rows, pick
+    samples = as_rows(samples); first = pick(samples, range(min(1000, len(samples))))
+    encoded = sentry.encode(first); e, n = encoded[row], len(encoded)
     tokens = [visible(sentry.tokenizer.decode([int(i)])) for i in e.ids]
     shown = ''.join(f'[{t}]' if on else t for t, on in zip(tokens, e.supervised))
     return '\n'.join([
-        f'Model {visible(sentry.name)}: {type(sentry.model).__name__}, {sum(p.numel() for p in sentry.model.parameters()):,} parameters, {sentry.model.dtype}.'.replace('torch.', ''),
+        f'Model {visible(sentry.name)}: {type(sentry.model).__name__}, {sentry.model.num_parameters():,} parameters, {sentry.model.dtype}.'.replace('torch.', ''),
         f'Of the first {n:,} rows {sum(x.tokens == 0 for x in encoded)} have an empty response and {sum(x.cut for x in encoded)} are longer than {sentry.limit()} tokens.',
-        f'Row {samples[row].row}: {len(e)} tokens, {e.tokens} of them supervised (in brackets):', shown,
+        f'Row {first[row].row}: {len(e)} tokens, {e.tokens} of them supervised (in brackets):', shown,
         f'Next: the same command without --dry-run scans {len(samples):,} rows with preset {sentry.preset!r}.'])
 
 # %% ../nbs/52_cli.ipynb #2c0eb3d8
@@ -184,13 +189,14 @@ def _experiment(a):
 def _interrupted(a, e):
     "Keep what an interrupted scan has finished."
     if a is not None and a.command == 'experiment': return print('Interrupted; the cells finished so far are kept, and the same command goes on from there.', file=sys.stderr)
-    if a is not None and not hasattr(e, 'scores') and (a.out/UNFINISHED).exists(): return print('Interrupted; what was scored before is kept, and the same command goes on from there.', file=sys.stderr)
+    unfinished = a is not None and any((a.out/name).exists() for name in UNFINISHED)
+    if unfinished and not hasattr(e, 'scores'): return print('Interrupted; what was scored before is kept, and the same command goes on from there.', file=sys.stderr)
     if not len(getattr(e, 'scores', ())): return print('Interrupted before any row was scored.', file=sys.stderr)
     from gradsentry_nb.core import save_scores, visible
     a.out.mkdir(parents=True, exist_ok=True)
     path = a.out/'scores-partial.parquet'
     save_scores(e.scores, path)
-    more = ' The same command goes on from there.' if (a.out/UNFINISHED).exists() else ''
+    more = ' The same command goes on from there.' if unfinished else ''
     print(f'Interrupted; the {len(e.scores):,} rows scored so far are in {visible(path)}.{more}', file=sys.stderr)
 
 def main(

@@ -149,10 +149,19 @@ class Scores:
     def __repr__(self): return f'Scores({len(self)} rows, {self.scorable.sum()} scored, by {self.info.get("statistic", "?")})'
     def _repr_html_(self): return f'<p>{self!r}</p>' + self.frame.head(10).to_html(index=False, escape=True, float_format='%.4g')
 
+    # what follows is all that cutting and reporting need: scores that lie on a disk give it without loading the frame
     @property
-    def scorable(self)->np.ndarray: return np.isfinite(self.frame['score'].to_numpy(float))  # [N] bool
+    def columns(self)->list: return list(self.frame)
+    def only(self, columns)->pd.DataFrame: return self.frame[list(columns)]                 # all rows, some columns
+    def at(self, places)->pd.DataFrame: return self.frame.iloc[places]                      # some rows, all columns
+    def assign(self, **columns)->'Scores': return Scores(self.frame.assign(**columns), self.info)
+    def save(self, path): self.frame.to_parquet(path, index=False)
     @property
-    def values(self)->np.ndarray: return self.frame['score'].to_numpy(float)[self.scorable]  # the finite scores
+    def score(self)->np.ndarray: return self.only(['score'])['score'].to_numpy(float)       # [N]
+    @property
+    def scorable(self)->np.ndarray: return np.isfinite(self.score)                          # [N] bool
+    @property
+    def values(self)->np.ndarray: return self.score[self.scorable]                          # the finite scores
 
 # %% ../nbs/00_core.ipynb #49fd5841
 def _sidecar(path): return f'{path}.json'
@@ -162,7 +171,7 @@ def save_scores(
     path,           # a `.parquet` file; its description goes to `<path>.json`
 ):
     "Write scores as Parquet with their description beside them as JSON."
-    scores.frame.to_parquet(path, index=False)
+    scores.save(path)
     with open(_sidecar(path), 'w', encoding='utf8') as f: json.dump(scores.info, f, indent=1)
 
 def load_scores(
@@ -204,13 +213,14 @@ class Verdict:
     rivals:pd.DataFrame = field(default_factory=pd.DataFrame)  # the trivial detectors beside it: one row each
 
     @property
-    def flagged(self)->np.ndarray: return self.cut.flags(self.scores.frame['score'])  # [N] bool
+    def flagged(self)->np.ndarray: return self.cut.flags(self.scores.score)   # [N] bool
+    def ids(self, which)->list: return self.scores.only(['id'])['id'][which].tolist()  # which: [N] bool
     @property
-    def drop(self)->list: return self.scores.frame.loc[self.flagged, 'id'].tolist()    # ids to take out
+    def drop(self)->list: return self.ids(self.flagged)                       # ids to take out
     @property
-    def keep(self)->list: return self.scores.frame.loc[~self.flagged, 'id'].tolist()   # ids to keep, unscorable ones among them
+    def keep(self)->list: return self.ids(~self.flagged)                      # ids to keep, unscorable ones among them
     @property
-    def unscorable(self)->list: return self.scores.frame.loc[~self.scores.scorable, 'id'].tolist()  # ids without a score
+    def unscorable(self)->list: return self.ids(~self.scores.scorable)        # ids without a score
 
     def table(self)->pd.DataFrame:
         "All rows with their statistics and `flagged`, most suspicious first."
@@ -241,22 +251,27 @@ def _frame(columns):
 
 # %% ../nbs/00_core.ipynb #3fa53b34
 def verdict_to_json(
-    verdict:Verdict,  # what to write
-)->str:               # JSON text, with every row's statistics
+    verdict:Verdict,       # what to write
+    beside:str|None=None,  # the file of a very large set's scores, in the same folder; they are then not repeated
+)->str:                    # JSON text, with every row's statistics
     "A verdict as JSON text."
-    v = verdict
+    v, drop = verdict, verdict.drop
     return json.dumps(_plain(dict(
-        format='gradsentry-verdict-1', rows=len(v.scores), dropped=len(v.drop), kept=len(v.keep), unscorable=v.unscorable,
+        format='gradsentry-verdict-1', rows=len(v.scores), dropped=len(drop), kept=len(v.scores)-len(drop), unscorable=v.unscorable,
         cut=dict(value=v.cut.value, method=v.cut.method, reason=v.cut.reason, detail=v.cut.detail),
-        drop=v.drop, info=v.scores.info, rivals=_columns(v.rivals), scores=_columns(v.scores.frame))), indent=1)
+        drop=drop, info=v.scores.info, rivals=_columns(v.rivals), scores=beside or _columns(v.scores.frame))), indent=1)
 
 def verdict_from_json(
-    text:str,         # what `verdict_to_json` wrote
+    text:str,              # what `verdict_to_json` wrote
+    folder=None,           # where it lay, for a very large set whose scores are in a file beside it
 )->Verdict:
     "The verdict back from its JSON text."
     d = json.loads(text)
     if not isinstance(d, dict) or d.get('format') != 'gradsentry-verdict-1': raise GradSentryError('This is no gradsentry verdict: its "format" is not "gradsentry-verdict-1".')
-    return Verdict(Scores(_frame(d['scores']), d['info']), Cut(**d['cut']), _frame(d['rivals']))
+    if not isinstance(d['scores'], str): frame = _frame(d['scores'])
+    elif folder is None: raise GradSentryError(f'The scores of this verdict are in {d["scores"]} beside it: Verdict.from_json(text, folder).')
+    else: frame = load_scores(f'{folder}/{re.sub(r"[^.A-Za-z]", "", d["scores"])}').frame
+    return Verdict(Scores(frame, d['info']), Cut(**d['cut']), _frame(d['rivals']))
 
 Verdict.to_json, Verdict.from_json = verdict_to_json, staticmethod(verdict_from_json)
 

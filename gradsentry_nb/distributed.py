@@ -56,20 +56,7 @@ class SharedScan(StoredScan):
         return [[todo[i] for i in share([self.sizes[n] for n in todo], r, world)] for r in range(world)]
 
 # %% ../nbs/19_distributed.ipynb #2b00fea3
-def _rows_of(scan, n): return [i for i in range(*scan.plan[n]) if scan.lengths[i]] if isinstance(scan.plan[n], tuple) else scan.plan[n]
-def _source(scan): return getattr(scan, 'samples', scan.rows)
-def _own_part(): pass
-if not hasattr(StoredScan, 'run'):  # until StoredScan has them itself
-    def _run(self, numbers):
-        for n in numbers:
-            self.at, self.part = self.plan[n], self.only(self.plan[n])
-            for i in self.part: yield self.at[i]
-            self.keep(n)
-    def _own_part():
-        from gradsentry_nb import stream
-        stream.PART = f'writing-{os.getpid()}.part'
-    SharedScan.sizes = property(lambda self: [sum(len(self.encoded[i]) for i in c) for c in self.plan])
-    SharedScan.todo, SharedScan.run = lambda self: [n for n in range(len(self.plan)) if n not in self.stored], _run
+def _rows_of(scan, n): return [i for i in range(*scan.plan[n]) if scan.lengths[i]]
 
 # %% ../nbs/19_distributed.ipynb #f46da267
 def help_out(
@@ -84,9 +71,9 @@ def help_out(
     device = order['devices'][int(rank)]
     torch.set_num_threads(order['threads'])
     if device.startswith('cuda'): torch.cuda.set_device(device)
-    _own_part()
     sentry, samples = torch.load(job, map_location=device, weights_only=False, mmap=True)
     scan = SharedScan(sentry, samples, order['folder'])
+    scan.layout(order['about']['budget'])           # not what this device has room for: the chunks are cut by it
     if said := differences(order['about'], scan.about): raise SettingError(f'Another process finds a scan that differs in {", ".join(said)}.')
     for _ in scan.run(order['shares'][int(rank)]): pass
 
@@ -125,7 +112,7 @@ def _helpers(scan, shares, here):
         return f'A process ended early ({visible(next(filter(None, reversed(said)), "") if status > 0 else f"signal {-status}", 160)}); what it had left was scored by the first one.'
     try:
         if world > 1:
-            _save(scan.sentry, _source(scan), job); Path(f'{job}.json').write_text(json.dumps(order), encoding='utf8')
+            _save(scan.sentry, scan.rows, job); Path(f'{job}.json').write_text(json.dumps(order), encoding='utf8')
             torch.set_num_threads(order['threads'])
             for r in range(1, world): crew.append(hire(r))
         scan.busy, scan.lost = lambda: any(p.poll() is None for p in crew), lambda: [fate(r) for r in range(1, world) if crew[r-1].poll()]
@@ -245,12 +232,12 @@ def scan_in_team(
     "This process's part of a scan; the first one waits for all and returns the scores of all rows."
     with team.together(): scan = SharedScan(sentry, samples, folder)
     with team.together():
+        scan.layout(team.agree(scan.about['budget'])[0])     # the room of the first one's device: the chunks are cut by it
         if said := differences(team.agree(scan.about)[0], scan.about): raise SettingError(f'it finds a scan that differs in {", ".join(map(visible, said))}; give all processes the same file, model and versions.')
     if tell and scan.said: tell(' '.join(scan.said))
     if team.world == 1: return run_scan(scan, progress)
     scan.mine = team.agree(scan.shares(team.world))[0][team.rank]
     if team.rank:
-        _own_part()
         for _ in scan.run(scan.mine): pass
         met = team.meet()
         while not met(): time.sleep(.2)

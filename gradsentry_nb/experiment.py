@@ -261,7 +261,7 @@ class Runner:
     ):
         self.grid, self.models = grid, dict(models)
         self.data = {n: d if isinstance(d, DataSet) else DataSet(d) for n, d in datasets.items()}
-        self.store, self.last, self.last_tuned, self.answers, self.detectors = RowStore(folder), (None, None), (None, None), {}, {}
+        self.store, self.last, self.last_tuned, self.last_layers, self.answers, self.detectors = RowStore(folder), (None, None), (None, None), (None, None), {}, {}
         self.prints = {n: model_fingerprint(m) for n, (m, _) in self.models.items()} if folder else {n: n for n in self.models}
 
     def mix(self, cell):
@@ -293,12 +293,29 @@ def _verdict(self, cell, samples):
     "The cell's detector's verdict; what is known of a row already is not computed again."
     d = self.detector(cell)
     if not DETECTORS[cell.defence.name].rowwise: return d.filter(samples, progress=False)
-    ask = d.sentry.score if hasattr(d, 'sentry') else d.score
-    scores = Scores(self.store.frame(_scan_key(d, self.prints[cell.model]), samples, lambda s: ask(s, progress=False), WHOLE_SET))
+    scores = Scores(self.store.frame(_scan_key(d, self.prints[cell.model]), samples, lambda s: self.scan(cell, d, s), WHOLE_SET))
     scores = d.of(scores) if hasattr(d, 'of') else scores
     return Verdict(scores, d.cut(scores))
 
-Runner.verdict = _verdict
+def _scan(self, cell, d, samples):
+    "Scores of rows that are not known yet; one scan serves all layers of a grid."
+    if not hasattr(d, 'sentry'): return d.score(samples, progress=False)
+    layers = self.layers(cell, d)
+    if d.layer not in layers: return d.sentry.score(samples, progress=False)
+    key = cell.model, layers, fingerprint(samples)
+    if self.last_layers[0] != key:
+        try: self.last_layers = key, d.sentry.score_layers(samples, layers, progress=False)
+        except GradSentryError: self.last_layers = key, None    # one of them has no gradient: its own cell will say so
+    found = self.last_layers[1]
+    return found[d.sentry.settings.layer] if found else d.sentry.score(samples, progress=False)
+
+def _layers(self, cell, d):
+    "The layers that the grid adds to a model, if the cell's detector is one of these: those that are cropped alike."
+    from gradsentry_nb.baselines.model import of_adapter
+    more = layer_defences(self.models[cell.model][0], self.grid.layers) if self.grid.layers else ()
+    return tuple(x.label for x in more if of_adapter(x.label) == of_adapter(d.layer)) if cell.defence in more else ()
+
+Runner.verdict, Runner.scan, Runner.layers = _verdict, _scan, _layers
 
 # %% ../nbs/43_experiment.ipynb #30828e28
 def _tuned(self, cell, samples):

@@ -77,7 +77,7 @@ def room_arguments(
 ):
     "How many tokens at a time."
     p.add_argument('--max-length', type=whole, help='most tokens of a row (default: 2048, or what the model can)')
-    p.add_argument('--budget', type=whole, help='most tokens in a batch (default: 1024 on a CPU, 8192 elsewhere)')
+    p.add_argument('--budget', type=whole, help='most tokens in a batch (default: 1024 on a CPU, by free memory on a GPU)')
 
 def model_arguments(
     p,                              # an `argparse` parser
@@ -86,6 +86,7 @@ def model_arguments(
     "How to load a model."
     p.add_argument('--device', help='cpu, cuda, cuda:1, or auto to spread over what there is')
     p.add_argument('--dtype', default=dtype, help='auto, float32, bfloat16, float16, float64')
+    p.add_argument('--quantize', help='8bit or 4bit: quantise the weights while loading, which needs bitsandbytes')
     p.add_argument('--trust-remote-code', action='store_true', help="run code from the model's repository")
     p.add_argument('--allow-pickle', action='store_true', help='load weights that are not safetensors')
 
@@ -132,12 +133,13 @@ def checked_settings(
 def read_rows(
     source,         # anything that `load_samples` reads
     a,              # parsed arguments
-):                  # `Samples`
+    held=True,      # in memory, or read anew whenever they are gone through?
+):                  # `Samples`, or a `Source`
     "The rows of a source, from the columns that the arguments name."
     from gradsentry_nb.core import SettingError
-    from gradsentry_nb.data import load_samples
+    from gradsentry_nb.data import Source, load_samples
     if a.limit is not None and a.limit < 1: raise SettingError(f'--limit must be at least 1, not {a.limit}.')
-    return load_samples(source, a.prompt, a.response, a.messages, a.context, a.split, limit=a.limit)
+    return (load_samples if held else Source)(source, a.prompt, a.response, a.messages, a.context, a.split, limit=a.limit)
 
 def poison_rows(
     samples,        # clean rows
@@ -316,12 +318,12 @@ def keep_model(
     found, there = _model_in(value), os.path.isdir(os.path.expanduser(name))
     if found:
         if there or name == 'demo': _say(f'{name} is the variable here, not the {"folder" if there else "embedded model"}{f" (which is ./{name})"*there}.')
-        if a.device or a.dtype: raise SettingError(f'The model in {name} is loaded already: leave out --device and --dtype.')
+        if a.device or a.dtype or a.quantize: raise SettingError(f'The model in {name} is loaded already: leave out --device, --dtype and --quantize.')
         (g.model, g.made), g.name, g.key, g.sentry = found, name, None, None
         return
     if value is not None and not there and name != 'demo': raise SettingError(f'The variable {name} holds {_a(value)} and no model; give a Sentry, a pair (model, tokenizer), a folder or a hub name.')
     place = str(demo_model_path()) if name == 'demo' else os.path.expanduser(name)
-    how = a.device or g.device, a.dtype or g.dtype or 'auto', a.trust_remote_code, a.allow_pickle
+    how = a.device or g.device, a.dtype or g.dtype or 'auto', a.trust_remote_code, a.allow_pickle, None, a.quantize
     if (key := (place, *how, _stamp(place))) == g.key: return
     g.model, g.name, g.made, g.key, g.sentry = load_model(place, *how), _DEMO if name == 'demo' else name, None, key, None
 
@@ -549,7 +551,7 @@ def _verdict_in(g, name):
         if isinstance(x, Verdict): return x
     if not os.path.isfile(os.path.expanduser(path)):
         raise SettingError(f'The variable {path} holds {_a(value)} and no Verdict.' if value is not None else f'There is no variable and no file {path!r} with a verdict.')
-    try: return Verdict.from_json(Path(path).expanduser().read_text(encoding='utf8'))
+    try: return Verdict.from_json((path := Path(path).expanduser()).read_text(encoding='utf8'), path.parent)
     except (ValueError, KeyError, TypeError, AttributeError): raise DataError(f'{path}: this is no verdict.json of a scan.') from None
 
 # %% ../nbs/51_magics.ipynb #0bac569d
@@ -741,7 +743,7 @@ def values(
 def _registry(module, name): return lambda g, words, typed: getattr(import_module(f'gradsentry_nb.{module}'), name)
 
 VALUES.update(preset=_registry('sentry', 'PRESETS'), statistic=_registry('spectrum', 'STATISTICS'), threshold=_registry('threshold', 'THRESHOLDS'),
-              dtype=_registry('sentry', '_DTYPES'), attack=_registry('attacks.triggers', 'ATTACKS'), payload=_registry('attacks.triggers', 'PAYLOADS'),
+              dtype=_registry('sentry', '_DTYPES'), quantize=_registry('sentry', 'QUANTIZED'), attack=_registry('attacks.triggers', 'ATTACKS'), payload=_registry('attacks.triggers', 'PAYLOADS'),
               place=_registry('attacks.triggers', 'PLACES'), device=lambda g, words, typed: ('auto', 'cpu', 'cuda', 'mps'))
 
 def _named(g, test): return sorted(n for n, v in g.names.items() if n[0] != '_' and n not in g.shell.user_ns_hidden and test(v))

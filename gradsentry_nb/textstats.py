@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CJK', 'RIVALS', 'words', 'answer_words', 'ngram_counts', 'Grams', 'grams', 'most_repeated', 'text_columns',
-           'tied_words', 'log_likelihood_ratio', 'tie_strength', 'Phrase', 'repeated_phrases', 'top_ngrams',
-           'best_overlap', 'phrase_rival', 'rivals']
+           'GramCounts', 'tied_words', 'log_likelihood_ratio', 'tie_strength', 'Phrase', 'repeated_phrases',
+           'top_ngrams', 'best_overlap', 'phrase_rival', 'rivals']
 
 # %% ../nbs/03_textstats.ipynb #a94f4e86
-import re
+import hashlib, re
 from array import array
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np, pandas as pd
 from scipy.stats import hypergeom
@@ -55,6 +55,7 @@ class Grams:
     start:np.ndarray    # [M] where in `ids` it begins
     gram:np.ndarray     # [M] its number
     rows:np.ndarray     # [G] in how many texts each run occurs
+    key:np.ndarray      # [G] uint64, a hash of the run's words
 
     def spell(self,
         i:int,          # an index into `text`, `start` and `gram`
@@ -85,10 +86,12 @@ def grams(
     owner = np.repeat(np.arange(len(texts), dtype=np.int32), sizes)
     room = np.repeat(np.cumsum(sizes), sizes) - np.arange(len(ids))                # words left in the text, this one included
     start = np.flatnonzero(room >= n)
-    mix = np.random.default_rng(0).integers(2**64, size=(n, len(vocab)), dtype=np.uint64)
-    key = sum((mix[j][ids[start+j]] for j in range(n)), np.zeros(len(start), np.uint64))  # wraps around; equal runs, equal keys
+    words, mix = np.array([_hash(w) for w in vocab], np.uint64), np.random.default_rng(0).integers(2**63, size=n, dtype=np.uint64)*2+1
+    key = sum((words[ids[start+j]]*mix[j] for j in range(n)), np.zeros(len(start), np.uint64))  # wraps around; equal runs, equal keys
     gram, once, rows = _group(key, owner[start])
-    return Grams(texts, n, vocab, ids, owner[start][once], start[once], gram[once], rows)
+    return Grams(texts, n, vocab, ids, owner[start][once], start[once], gram[once], rows, np.unique(key))
+
+def _hash(word): return int.from_bytes(hashlib.blake2b(word.encode('utf8', 'surrogatepass'), digest_size=8).digest(), 'little')
 
 def _group(key, owner):
     "Number equal keys; mark each key's first occurrence within its owner; count its owners."
@@ -113,12 +116,50 @@ def most_repeated(
 
 def text_columns(
     samples,                          # samples
+    counts=None,                      # `GramCounts` of more rows, these among them; default: of these alone
 )->pd.DataFrame:                      # `answer_words`, `ngram` (its most repeated run of 4 words), `ngram_rows` (in how many rows)
     "The text statistics of each sample, in the order of `samples`."
     g = grams(s.response for s in samples)
+    if counts is not None: g = replace(g, rows=np.maximum(g.rows, counts.look_up(g.key)))
     at, count = most_repeated(g)
     return pd.DataFrame(dict(answer_words=np.array([answer_words(s) for s in samples], int),
                              ngram=np.array([g.spell(i) if i >= 0 else '' for i in at], object), ngram_rows=count))
+
+
+# %% ../nbs/03_textstats.ipynb #0628f23c
+class GramCounts:
+    "In how many of all the texts that were added each run of words occurs, in bounded memory."
+    def __init__(self,
+        n:int=4,              # words per run
+        most:int=2**21,       # runs to remember
+    ):
+        self.n, self.most, self.least = n, most, 0   # least: rows that a run may have had before it was forgotten
+        self.keys, self.rows, self.new, self.waiting = np.zeros(0, np.uint64), np.zeros(0, np.int64), [], 0
+    def __repr__(self): return f'GramCounts({len(self.keys):,} runs of {self.n} words{f", too low by up to {self.least:,} rows" if self.least else ""})'
+
+    def add(self, texts):
+        "Count the runs of some more texts."
+        g = grams(texts, self.n)
+        self.new.append((g.key, g.rows)); self.waiting += len(g.key)
+        if self.waiting > self.most//2: self.settle()
+    def settle(self):
+        "Put new counts to the others; forget the rarest runs when there are too many."
+        if not self.new: return
+        keys, rows = (np.concatenate(x) for x in zip((self.keys, self.rows), *self.new))
+        order = np.argsort(keys, kind='stable'); keys, rows = keys[order], rows[order]
+        first = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]][:len(keys)])
+        self.keys, self.rows, self.new, self.waiting = keys[first], np.add.reduceat(rows, first) if len(first) else rows, [], 0
+        if len(self.keys) <= self.most: return
+        limit = np.partition(self.rows, -self.most//2)[-self.most//2]
+        self.keys, self.rows, self.least = self.keys[self.rows > limit], self.rows[self.rows > limit], self.least+int(limit)
+    def look_up(self,
+        keys,                 # [M] of `Grams.key`
+    )->np.ndarray:            # [M] rows; 0 for a run that is not known
+        "What was counted, never too high, and too low by at most `least`."
+        self.settle()
+        at = np.minimum(np.searchsorted(self.keys, keys), max(len(self.keys)-1, 0))
+        return np.where(self.keys[at] == keys, self.rows[at], 0) if len(self.keys) else np.zeros(len(keys), np.int64)
+
 
 # %% ../nbs/03_textstats.ipynb #c853821a
 def _grow(g, i, least=.8):

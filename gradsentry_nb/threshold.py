@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from .core import Cut, Scores, SettingError, Verdict, choose, seed_for
-from .textstats import rivals
+from .textstats import RIVALS, rivals
 
 # %% ../nbs/12_threshold.ipynb #11f25ac1
 FALLBACK = .7  # the paper's constant, tuned on Llama-2
@@ -251,8 +251,8 @@ def decide(
     clean=None,               # [n] scores of known-clean rows: adds a p-value to every row
 )->Verdict:
     "A verdict with the trivial statistics beside it."
-    if clean is not None: scores = Scores(scores.frame.assign(p_value=p_values(scores.frame['score'], clean)), scores.info)
-    return Verdict(scores, cut, rivals(scores.frame, cut.flags(scores.frame['score'])))
+    if clean is not None: scores = scores.assign(p_value=p_values(scores.score, clean))
+    return Verdict(scores, cut, rivals(scores.only([c for c in (*RIVALS, 'score') if c in scores.columns]), cut.flags(scores.score)))
 
 # %% ../nbs/12_threshold.ipynb #282f42fb
 def length_trend(

@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
-from benchmarks import demo_seeds, published_mixes, speed
+from benchmarks import demo_seeds, layers, published_mixes, speed
 
 
 @pytest.fixture(scope='module')
@@ -137,3 +138,46 @@ def test_live_runs_small(tmp_path, monkeypatch):
     scans = {f'{x}, demo model' for x in ('scan alone', 'scan in a thread', 'scan under a dashboard', 'dashboard from start to verdict')}
     assert set(table['what']) == scans | {'slider moved', 'memory after the cell'}
     assert (table['value'] > 0).all() and len(pd.read_csv(tmp_path/'live.csv')) == len(table) == 2*4+2+2
+
+
+# ---- quantised weights, GPUs
+
+def test_gpu_runs_small(beside, tmp_path):
+    from benchmarks import gpu
+    gpu.main(['--size', 'tiny', '--device', 'cpu', '--rows', '70', '--few', '5', '--out', str(tmp_path/'gpu.csv')])
+    table = pd.read_csv(tmp_path/'gpu.csv').set_index('method')
+    assert list(table.reset_index().reindex(columns=gpu.COLUMNS).columns) == list(gpu.COLUMNS) and list(table['rows']) == [5, 70, 70, 70]
+    np.testing.assert_allclose(table['times_faster_than_published'], table['rows_per_second']/table['rows_per_second'].iloc[0], rtol=.01)
+    assert (table['budget'] == 1024).all() and table['share_of_rate'].notna().tolist() == [False, False, True, True]
+    rows, model = gpu.random_rows(500, 70), gpu.build('tiny', 'cpu')
+    assert model.dtype == torch.bfloat16 and speed.common_prefix(rows) >= 20 and gpu.operations(model, rows, False) > 1.5*gpu.operations(model, rows)
+    with pytest.raises(SystemExit, match='--out'): gpu.main(['--size', 'tiny', '--device', 'cpu'])
+
+
+def test_stored_table_of_gpus_is_empty_or_real():
+    from benchmarks import gpu
+    table = pd.read_csv(gpu.STORED)
+    assert list(table.columns) == list(gpu.COLUMNS) and not table['device'].astype(str).str.contains('CPU').any()
+
+
+def test_quantised_runs_small(tmp_path, monkeypatch):
+    pytest.importorskip('bitsandbytes')
+    from benchmarks import quantised
+    monkeypatch.setattr(quantised, 'MODEL', tmp_path/'none')
+    table = quantised.main(['--limit', '40', '--out', str(tmp_path/'q.csv')])
+    assert list(table['weights']) == ['float32', '8bit', '4bit'] and table['rank_correlation'][0] == 1 and (table['rank_correlation'] > .8).all() and (table['rows'] == 40).all()
+    assert table['megabytes'].is_monotonic_decreasing
+
+
+def test_layers_are_studied_beside_answer_length(beside, monkeypatch):
+    monkeypatch.setattr(layers, 'STATISTICS', ('entropy', 'grad_norm')); monkeypatch.setattr(layers, 'BOUNDED', ('entropy',))
+    model, some = layers.load_model(str(layers.MODEL), 'cpu'), ['lm_head', 'layers.2.mlp.up_proj']
+    t = pd.DataFrame(layers.study('freebaseqa-badnets', *model, limit=90, layers=some))
+    assert list(t['layer'][:5]) == ['model.layers.2.mlp.up_proj']*2+['lm_head']*2+['answer length alone'] and len(t) == 10
+    assert (t['rows'][:5] == 90).all() and (t['rows'][5:] < 90).all() and t['planted'].nunique() == 1
+    head, every = t.loc[2], layers.load_samples(layers.SHARED/'data/qa/published-freebaseqa-badnets-10.jsonl.gz')
+    found, truth = layers.Sentry(*model, 'paper').score(layers.drawn(every, 90), progress=False), {s.id: s.meta['poisoned'] for s in every}
+    assert head['auroc'] == pytest.approx(layers.evaluate(layers.Verdict(found, layers.cut_scores(found, 'paper')), truth).auroc, abs=1e-3) and head['auroc_low'] < head['auroc']
+    assert (t['f1_paper'].isna() == (t['statistic'] != 'entropy')).all() and (t['best_f1'] >= t['f1_valley']-1e-9).all()
+    times = pd.DataFrame(layers.speed(*model, n=4, layers=some))
+    assert list(times['layers']) == [1, 2, 2] and times['times_slower'].iloc[2] == times['seconds'].iloc[2]/times['seconds'].iloc[1]

@@ -343,3 +343,20 @@ def test_charts_of_every_preset_draw():
 def test_data_set_without_test_rows_says_so(model, clean):
     table = run_grid(Grid(defences=('none',), train='lora'), {'demo': model}, {'demo': DataSet(clean)}, progress=False)
     assert table['status'][0] == 'failed' and 'no test rows' in table['reason'][0]
+
+
+# ---- layers
+
+def test_the_layers_of_a_grid_come_from_one_scan(monkeypatch, model, clean):
+    "And have the numbers of their own scans; with one of them refused, each is scanned for itself."
+    from gradsentry_nb.sentry import Sentry
+    grid, calls = Grid(rates=(.1, .2), defences=('gradsentry_paper',), layers=('last',)), []
+    def count(name, real): monkeypatch.setattr(Sentry, name, lambda *a, **kw: (calls.append(name), real(*a, **kw))[1])
+    count('score', Sentry.score); count('score_layers', Sentry.score_layers)
+    many = run(grid, model, clean[:20])
+    assert len(many) == 16 and calls == ['score', 'score_layers']*2
+    def refuse(*a, **kw): raise ex.GradSentryError('no gradient')
+    monkeypatch.setattr(Sentry, 'score_layers', refuse); calls.clear()
+    alone = run(grid, model, clean[:20])
+    assert calls == ['score']*16
+    pd.testing.assert_frame_equal(many, alone, atol=1e-4)

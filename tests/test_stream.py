@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,12 +17,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from gradsentry_nb import cli, stream
-from gradsentry_nb.core import DataError, ModelError, Sample, SettingError
-from gradsentry_nb.data import load_samples
+from gradsentry_nb import cli, report, stream
+from gradsentry_nb.core import DataError, GradSentryError, ModelError, Sample, SettingError, Verdict
+from gradsentry_nb.data import EMPTY, Source, load_samples, pick
 from gradsentry_nb.demo import demo_model, demo_model_path, demo_path
 from gradsentry_nb.sentry import Scan, ScanInterrupted, Sentry
-from gradsentry_nb.stream import MANIFEST, PART, StoredScan, chunk_bytes, chunk_plan, chunk_rows, estimate, forget, scan_to, spread, write_whole
+from gradsentry_nb.stream import MANIFEST, StoredScan, StoredScores, about_chunk, chunk_bytes, chunk_plan, estimate, forget, scan_to, spread, write_whole
 
 
 @pytest.fixture(scope='module')
@@ -70,16 +71,21 @@ def test_plan_covers_every_row_once():
     for _ in range(50):
         lengths = rng.integers(1, 30, rng.integers(0, 40)).tolist()
         plan = chunk_plan(lengths, 40)
-        assert sum(plan, []) == list(range(len(lengths)))
-        assert all(len(c) == 1 or sum(lengths[i] for i in c) <= 40 for c in plan)
+        assert [i for a, b in plan for i in range(a, b)] == list(range(len(lengths)))
+        assert all(b-a == 1 or sum(lengths[a:b]) <= 40 for a, b in plan)
 
 
-def test_a_row_comes_back_as_it_was():
-    "Numbers keep their bits, and NaN, infinities and what is missing stay what they are."
-    rows = {7: dict(tokens=3, entropy=float(np.nextafter(.1, 1)), log_volume=float('nan'), loss=float('inf'), window_start=0, window_stop=2**40), 9: dict(problem='broken ‹x›')}
-    back, notes = chunk_rows(chunk_bytes(rows, ['a', 'b']))
-    assert list(back) == [7, 9] and notes == ['a', 'b'] and back[9] == rows[9] and np.isnan(back[7].pop('log_volume'))
-    assert back[7] == {k: v for k, v in rows[7].items() if k != 'log_volume'} and isinstance(back[7]['window_stop'], int)
+def test_a_row_comes_back_as_it_was(whole, tmp_path):
+    "Numbers keep their bits, and NaN, infinities, broken text and what is missing stay what they are."
+    frame = whole.frame.iloc[:3].drop(columns='score').copy()
+    frame.loc[0, ['entropy', 'log_volume', 'loss']] = [float(np.nextafter(.1, 1)), np.nan, np.inf]
+    frame.loc[1, 'problem'], frame.loc[2, 'ngram'] = 'broken ‹x›', 'ein "Satz", \x1b'
+    frame.loc[1, ['window_start', 'window_stop', 'entropy']] = np.nan
+    (tmp_path/'a').write_bytes(chunk_bytes(frame, dict(notes=['a', 'b'], budget=9)))
+    assert about_chunk(tmp_path/'a') == dict(rows=3, notes=['a', 'b'], budget=9)
+    back = StoredScores([tmp_path/'a'], 'entropy', {})
+    pd.testing.assert_frame_equal(back.only(list(frame)), frame, check_exact=True)
+    assert back.score.tolist()[::2] == frame['entropy'].tolist()[::2] and np.isnan(back.score[1])
 
 
 @pytest.mark.parametrize('call', ['fsync', 'replace'])
@@ -102,7 +108,7 @@ def test_stopped_and_begun_again(sentry, rows, whole, tmp_path, n):
     same(again, whole)
     kept = StoredScan(sentry, rows, tmp_path/'scan')
     assert len(kept) == kept.total == 60 and {p.name for p in before} <= {p.name for p in (tmp_path/'scan').iterdir()}
-    if before: assert len(told) == 1 and f'{sum(len(kept.plan[i]) for i in range(len(before)))} of 60 rows' in told[0]
+    if before: assert len(told) == 1 and f'{kept.plan[len(before)-1][1]} of 60 rows' in told[0]
     else: assert not told
 
 
@@ -116,7 +122,7 @@ def test_only_the_rest_is_computed(sentry, rows, whole, tmp_path, monkeypatch):
         def __call__(self, rows): seen.append(len(rows)); return self.inner(rows)
     monkeypatch.setattr(Sentry, 'capture', lambda self: Watched(capture(self)))
     same(scan_to(sentry, rows, tmp_path/'scan', False), whole)
-    assert seen == [len(c) for c in plan[len(chunks):]]
+    assert seen == [b-a for a, b in plan[len(chunks):]]
     seen.clear()
     same(scan_to(sentry, rows, tmp_path/'scan', False), whole)
     assert not seen, 'a finished scan was computed again'
@@ -142,13 +148,13 @@ def test_other_numbers_of_threads(sentry, rows, whole, tmp_path):
 
 
 def test_rows_without_a_score(sentry, tmp_path):
-    "Empty answers are in no chunk, and a set of nothing else needs no folder."
+    "Rows with an empty answer are kept with the others, and a set of nothing else needs no model."
     rows = [Sample(f'{i:012x}-0', f'Where is number {i}?', '' if i % 3 else f'near {i}', i) for i in range(12)]
     scores = scan_to(sentry, rows, tmp_path/'scan', False)
     assert scores.scorable.tolist() == [i % 3 == 0 for i in range(12)]
     same(scan_to(sentry, rows, tmp_path/'scan', False), scores)
-    scan_to(sentry, [r for r in rows if not r.response], tmp_path/'none', False)
-    assert not (tmp_path/'none').exists()
+    none = scan_to(sentry, [r for r in rows if not r.response], tmp_path/'none', False)
+    assert len(none) == 8 and not none.scorable.any() and set(none.frame['problem']) == {EMPTY}
 
 
 def test_a_layer(demo, rows, tmp_path):
@@ -163,6 +169,89 @@ def test_a_model_that_gives_nothing_leaves_nothing(rows, tmp_path):
     with torch.no_grad(): model.model.norm.weight.fill_(float('nan'))
     with pytest.raises(ModelError, match='every row'): scan_to(Sentry(model, tokenizer, budget=64), rows, tmp_path/'scan', False)
     assert not (tmp_path/'scan').exists()
+
+
+# ---- rows that are read anew
+
+def many(path, n=150, repeat=7):
+    "A file in which some rows occur again."
+    rows = [dict(prompt=f'Where is number {i % (n-repeat)}?', response=f'It is near the house of number {i % (n-repeat) % 5}.') for i in range(n)]
+    if path.suffix == '.parquet': pd.DataFrame(rows).to_parquet(path)
+    elif path.suffix == '.csv': pd.DataFrame(rows).to_csv(path, index=False)
+    elif path.suffix == '.json': path.write_text(json.dumps(rows))
+    else: path.write_text(''.join(json.dumps(r)+'\n' for r in rows))
+    return path
+
+
+@pytest.mark.parametrize('ending', ['jsonl', 'json', 'csv', 'parquet'])
+def test_rows_are_the_same_however_they_are_read(tmp_path, ending):
+    path = many(tmp_path/f'rows.{ending}')
+    held, source = load_samples(path), Source(path)
+    assert list(source) == held == list(source) and len(source) == 150 and source.said == held.said and source.path == held.path
+    assert [s.raw for s in source] == [s.raw for s in held] and sum(s.id.endswith('-1') for s in source) == 7
+    assert pick(source, [149, 3, 3]) == pick(held, [149, 3, 3]) == [held[149], held[3], held[3]]
+
+
+def test_texts_are_not_held(sentry, tmp_path):
+    "While a chunk is scored, the rows of others are not in memory."
+    import gc
+    source, alive = Source(many(tmp_path/'rows.jsonl', 600)), []
+    def count(done, total):
+        if done % 50 == 0: alive.append(sum(type(x) is Sample for x in gc.get_objects()))
+    before = sum(type(x) is Sample for x in gc.get_objects())
+    scores = scan_to(sentry, source, tmp_path/'scan', count)
+    assert len(scores) == 600 and len(alive) == 12 and max(alive)-before < 100
+
+
+def test_a_file_that_shrinks(sentry, tmp_path):
+    source = Source(many(tmp_path/'rows.jsonl'))
+    def cut(done, total):
+        if done == 10: (tmp_path/'rows.jsonl').write_text('{"prompt": "a", "response": "b"}\n'*20)
+    with pytest.raises(DataError, match='rows.jsonl'): scan_to(sentry, source, tmp_path/'scan', cut)
+
+
+def test_a_very_large_set(tmp_path, monkeypatch, capsys):
+    "Scores that stay on the disk make the same files as those in memory; here 60 rows are very many."
+    path = tmp_path/'rows.jsonl'
+    path.write_text(''.join(Path(demo_path()).read_text().splitlines(keepends=True)[:300]))
+    args = lambda out: ['scan', str(path), '--model', str(demo_model_path()), '--out', str(tmp_path/out), '--quiet', '--budget', '128', '--threshold', '15']
+    assert cli.main(args('held')) == 0
+    plain = capsys.readouterr().out
+    for module in (stream, report): monkeypatch.setattr(module, 'WHOLE', 60)
+    monkeypatch.setattr(report, 'LOOKED', 80)
+    assert cli.main(args('large')) == 0
+    large = capsys.readouterr().out
+    held = lambda name: (tmp_path/'held'/name).read_bytes()
+    for name in ('clean.jsonl', 'dropped.jsonl', 'scores.parquet.json'): assert (tmp_path/'large'/name).read_bytes() == held(name), name
+    assert held('dropped.jsonl') and held('clean.jsonl')
+    table = lambda out: pd.read_parquet(tmp_path/out/'scores.parquet').astype(dict(problem=object)).fillna(dict(problem=''))
+    pd.testing.assert_frame_equal(table('large'), table('held'), check_exact=True)
+    text = (tmp_path/'large'/'verdict.json').read_text()
+    back, wanted = Verdict.from_json(text, tmp_path/'large'), Verdict.from_json(held('verdict.json').decode())
+    assert back.drop == wanted.drop and len(text) < len(held('verdict.json'))/2 and back.rivals.equals(wanted.rivals)
+    with pytest.raises(GradSentryError, match='scores.parquet beside it'): Verdict.from_json(text)
+    page = (tmp_path/'large'/'report.html').read_text()
+    assert 'of the 300 rows, chosen by chance' in page and 'chosen by chance' not in held('report.html').decode()
+    first = lambda said: [l for l in said.splitlines() if l.startswith(('  row', '  why', '  trivial'))]
+    assert [l for l in first(large) if 'phrase' not in l] == [l for l in first(plain) if 'phrase' not in l] and len(first(large)) > 5
+    ranks = lambda html: re.findall(r'#(\d+) · row ([\d,]+)', html)
+    assert ranks(page) == ranks(held('report.html').decode())
+    assert not (tmp_path/'large'/'scan').exists()
+
+
+def test_known_clean_rows_go_on_too(tmp_path, monkeypatch, capsys):
+    (tmp_path/'known.jsonl').write_text(''.join(Path(demo_path()).read_text().splitlines(keepends=True)[-120:]))
+    args = command(tmp_path/'out', '--limit', 60, '--known-clean', tmp_path/'known.jsonl', '--threshold', 'calibrated', '--fpr', .05)
+    kept, seen = StoredScan.keep, []
+    def keep(self, n):
+        if len(seen) == 3: raise KeyboardInterrupt
+        seen.append(n); kept(self, n)
+    with monkeypatch.context() as m:
+        m.setattr(StoredScan, 'keep', keep)
+        assert cli.main(args) == 130
+    assert 'goes on from there' in capsys.readouterr().err and len(list((tmp_path/'out'/'scan-known').glob('*.parquet'))) == 3
+    assert cli.main(args) == 0
+    assert 'of 120 rows were scored before' in capsys.readouterr().out and not (tmp_path/'out'/'scan-known').exists()
 
 
 # ---- refused
@@ -252,14 +341,17 @@ def test_a_broken_manifest(sentry, rows, tmp_path):
 
 # ---- a disk that refuses
 
-@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no device that is always full')
+@pytest.mark.skipif(sys.platform == 'win32', reason='no limit on the size of files')
 def test_a_full_disk(sentry, rows, whole, tmp_path):
-    "Writing to /dev/full fails as a full disk does; afterwards there is room again."
-    before = begun(sentry, rows, tmp_path/'scan')
-    (tmp_path/'scan'/PART).symlink_to('/dev/full')
-    with pytest.raises(DataError) as e: scan_to(sentry, rows, tmp_path/'scan', False)
-    n = sum(len(c) for c in StoredScan(sentry, rows, tmp_path/'scan').plan[:len(before)])
-    assert os.strerror(errno.ENOSPC) in str(e.value) and f'{n} of 60 rows are kept' in str(e.value)
+    "No file may grow beyond some bytes, as on a disk that is nearly full; afterwards there is room again."
+    import resource
+    before, (soft, hard) = begun(sentry, rows, tmp_path/'scan'), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+        with pytest.raises(DataError) as e: scan_to(sentry, rows, tmp_path/'scan', False)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    n = StoredScan(sentry, rows, tmp_path/'scan').plan[len(before)-1][1]
+    assert os.strerror(errno.EFBIG) in str(e.value) and f'{n} of 60 rows are kept' in str(e.value)
     assert sorted((tmp_path/'scan').glob('*.parquet')) == before
     same(scan_to(sentry, rows, tmp_path/'scan', False), whole)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from gradsentry_nb.core import Sample
-from gradsentry_nb.textstats import (best_overlap, grams, most_repeated, ngram_counts, repeated_phrases, rivals,
+from gradsentry_nb.textstats import (GramCounts, best_overlap, grams, most_repeated, ngram_counts, repeated_phrases, rivals,
                                      text_columns, tied_words, top_ngrams)
 
 
@@ -67,3 +67,17 @@ def test_the_score_is_no_rival_of_itself():
     x = np.array([1., 2, np.nan])
     table = rivals(pd.DataFrame(dict(loss=x, tokens=[3, 2, 0], score=x)), [False, True, False])
     assert table.column.tolist() == ['tokens']
+
+
+def test_counts_in_bounded_memory():
+    "Never too high, too low by no more than it says, and the same as in one piece while there is room."
+    rng = np.random.default_rng(0)
+    texts = [' '.join(f'w{int(x)}' for x in rng.zipf(1.3, rng.integers(1, 30)) % 500) for _ in range(2000)]
+    whole = grams(texts)
+    for most in (200, 2000, 2**21):
+        counts = GramCounts(most=most)
+        for i in range(0, len(texts), 97): counts.add(texts[i:i+97])
+        found = counts.look_up(whole.key)
+        assert (found <= whole.rows).all() and (found >= whole.rows-counts.least).all() and len(counts.keys) <= most
+    assert counts.least == 0 and np.array_equal(found, whole.rows)
+    assert GramCounts().look_up(whole.key).tolist() == [0]*len(whole.key)
