@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BATCHES', 'FILES', 'PIECE', 'MANIFEST', 'FILLED', 'chunk_plan', 'Survey', 'survey', 'write_whole', 'chunk_bytes',
            'about_chunk', 'StoredScores', 'identity', 'differences', 'StoredScan', 'scan_to', 'forget', 'spread',
-           'peak_memory', 'Estimate', 'estimate']
+           'peak_memory', 'share', 'Estimate', 'estimate']
 
 # %% ../nbs/17_stream.ipynb #c1384d0d
 import hashlib, json, math, os, re, sys, time
@@ -371,6 +371,17 @@ def peak_memory()->tuple:   # bytes: of this process so far, or None where it ca
     else: ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
     return ram, sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) if torch.cuda.is_initialized() else 0
 
+# %% ../nbs/17_stream.ipynb #d97e9f93
+def share(
+    sizes,        # [N] tokens of each chunk
+    rank:int,     # whose share, from 0
+    world:int,    # how many processes
+)->list:          # places among the chunks
+    "The chunks of one process: neighbours, as even in tokens as they allow."
+    sizes = np.asarray(sizes, float)
+    middle = sizes.cumsum()-sizes/2
+    return np.flatnonzero((middle*world/max(1, sizes.sum())).astype(int).clip(max=world-1) == rank).tolist()
+
 # %% ../nbs/17_stream.ipynb #15040ed2
 def _took(seconds):
     "A length of time in words."
@@ -394,10 +405,9 @@ class Estimate:
     )->list:            # one dict for each: `rows`, `tokens`, `seconds`
         "Neighbouring chunks for each device, as even in tokens as they allow."
         if n < 1: raise SettingError(f'A scan needs at least one device, not {n}.')
-        shares, done = [dict(rows=0, tokens=0) for _ in range(n)], 0
-        for rows, tokens in self.chunks:
-            share = shares[min(n-1, int((done+tokens/2)*n/self.tokens))]
-            share['rows'] += rows; share['tokens'] += tokens; done += tokens
+        rows, tokens = zip(*self.chunks)
+        mine = [share(tokens, r, n) for r in range(n)]
+        shares = [dict(rows=sum(rows[i] for i in at), tokens=sum(tokens[i] for i in at)) for at in mine]
         return [s | dict(seconds=self.seconds*s['tokens']/self.tokens) for s in shares]
 
     def __str__(self):
