@@ -181,3 +181,27 @@ def test_layers_are_studied_beside_answer_length(beside, monkeypatch):
     assert (t['f1_paper'].isna() == (t['statistic'] != 'entropy')).all() and (t['best_f1'] >= t['f1_valley']-1e-9).all()
     times = pd.DataFrame(layers.speed(*model, n=4, layers=some))
     assert list(times['layers']) == [1, 2, 2] and times['times_slower'].iloc[2] == times['seconds'].iloc[2]/times['seconds'].iloc[1]
+
+
+# ---- long scans, several processes
+
+def test_a_long_scan_runs_small(tmp_path):
+    from benchmarks import stream
+    table = stream.main(['--rows', '300', '--out', str(tmp_path)])
+    assert list(dict.fromkeys(table['step'])) == ['loaded', 'read', 'surveyed', 'scan', 'cut', 'report', 'summary']
+    assert table['done'].max() == 300 and table['held'].max() >= 300 > table['held'].iloc[-1] and len(pd.read_csv(tmp_path/'stream.csv')) == len(table)
+
+
+def test_the_stored_curve_is_flat():
+    "A million rows: memory in the second half of the scan is that of the first, and the texts of one chunk are all that is held."
+    t = pd.read_csv(ROOT/'benchmarks'/'results'/'stream.csv')
+    scan = t[t['step'] == 'scan']
+    first, second = (scan[x]['resident_mb'] for x in (scan['done'] <= 500_000, scan['done'] > 500_000))
+    assert (t['rows'] == 1_000_000).all() and len(scan) >= 20 and scan['held'].max() < 5000
+    assert abs(second.max()/first.max()-1) < .05
+
+
+def test_several_processes_run_small(beside):
+    from benchmarks import distributed
+    seconds, first, scores = distributed.measure(24, 2, 1)
+    assert len(first) == 2 and 0 < max(first) <= seconds and len(scores) == 24 and np.isfinite(scores).all()
