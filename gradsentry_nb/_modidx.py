@@ -1242,6 +1242,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                       'gradsentry_nb.sentry.Scan.done': ('sentry.html#scan.done', 'gradsentry_nb/sentry.py'),
                                       'gradsentry_nb.sentry.Scan.flush': ('sentry.html#scan.flush', 'gradsentry_nb/sentry.py'),
                                       'gradsentry_nb.sentry.Scan.frame': ('sentry.html#scan.frame', 'gradsentry_nb/sentry.py'),
+                                      'gradsentry_nb.sentry.Scan.lengths': ('sentry.html#scan.lengths', 'gradsentry_nb/sentry.py'),
                                       'gradsentry_nb.sentry.Scan.partial': ('sentry.html#scan.partial', 'gradsentry_nb/sentry.py'),
                                       'gradsentry_nb.sentry.Scan.reduced': ('sentry.html#scan.reduced', 'gradsentry_nb/sentry.py'),
                                       'gradsentry_nb.sentry.Scan.scores': ('sentry.html#scan.scores', 'gradsentry_nb/sentry.py'),

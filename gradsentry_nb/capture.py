@@ -385,7 +385,7 @@ def token_budget(
     room:int=2**22,       # as in `Capture`
 )->int:                   # a power of two, at least 256
     "How many tokens a batch may have, so that it takes half of what is free."
-    c, bytes_ = text_config(model), model.dtype.itemsize
+    c, bytes_ = text_config(model), model.get_input_embeddings().weight.dtype.itemsize
     d = getattr(c, 'hidden_size', None) or model.get_input_embeddings().weight.shape[-1]
     inner, layers = (int(np.max(getattr(c, n, None) or other)) for n, other in (('intermediate_size', 4*d), ('num_hidden_layers', 1)))
     left = free/2-PREFIX*2*layers*d*bytes_-8*room*4     # keys and values of a prefix; logits, their gradient and its rows in other coordinates

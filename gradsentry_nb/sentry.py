@@ -313,9 +313,10 @@ class Scan:
         self.sentry, self.samples = sentry, as_samples(samples)
         self.encoded, self.capture = encoded or sentry.encode(self.samples), sentry.capture()
         self.rows, self.pending = {}, {}    # index -> statistics of finished rows; roots of rows that wait for them
-        self.lengths = np.array([len(e) if e.tokens else 0 for e in self.encoded])   # tokens of each row, 0 without an answer
-        self.total = int(np.count_nonzero(self.lengths))                        # rows with an answer
+        self.total = sum(e.tokens > 0 for e in self.encoded)                    # rows with an answer
     def __len__(self): return len(self.rows)+len(self.pending)                  # rows done
+    @property
+    def lengths(self)->np.ndarray: return np.array([len(e) if e.tokens else 0 for e in self.encoded])   # tokens of each row, 0 without an answer
     @property
     def done(self)->list: return [*self.rows, *self.pending]                    # their indices
     @property
@@ -436,7 +437,7 @@ class LayersScan(Scan):
         some, encoded, layers = Samples([self.samples[i] for i in at], self.samples.source, self.samples.said), [self.encoded[i] for i in at], self.capture.modules
         row = lambda n, i: dict(problem=self.problems[n][i]) if i in self.problems[n] else {c: int(x) if c.startswith('window_s') else x for c, x in zip(_COLUMNS, self.values[n][i])}
         parts = {n: _frame(some, encoded, {k: row(n, i) for k, i in enumerate(at) if i in self.rows}, self.at[n].settings, text=False) for n in layers}
-        info = self.sentry.info(some, self.capture.notes+_notes(encoded, self.sentry.tokenizer)) | more
+        info = self.sentry.info(some, self.capture.notes+_notes(sum(e.cut for e in encoded), len(encoded), self.sentry.tokenizer)) | more
         return LayerScores(parts, text_columns(some), {n: info | dict(statistic=(s := self.at[n].settings).statistic, layer=n, settings=asdict(s)) for n in layers}, self.capture.left_out)
     def partial(self)->LayerScores:
         self.flush()

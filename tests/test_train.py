@@ -187,7 +187,8 @@ torch.save(weights(found.model), {str(tmp_path/"w.pt")!r})
     run = lambda at: subprocess.run([sys.executable, '-c', code, str(at)], env=env, capture_output=True, text=True)
     assert run(8).returncode == -signal.SIGKILL
     done = run(-1)
-    assert not done.returncode and not done.stdout and not done.stderr.strip(), done.stderr
+    said = [l for l in done.stderr.splitlines() if l.strip() and 'gemm_4bit' not in l]      # bitsandbytes, where it is installed
+    assert not done.returncode and not done.stdout and not said, said
     tok = tf.AutoTokenizer.from_pretrained(demo_model_path())
     whole = finetune(made('llama'), tok, load_samples(demo_rows(26, .1, 3)[0]), **FAST, save_steps=3)
     assert same(torch.load(tmp_path/'w.pt'), weights(whole.model))
