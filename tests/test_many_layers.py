@@ -202,7 +202,8 @@ def test_left_as_found(mixed, how):
     if how == 'close': next(steps); steps.close()
     if how == 'error':
         next(steps)
-        handle = model.get_output_embeddings().register_forward_hook(lambda *_: 1/0)
+        left = [0]
+        handle = model.get_output_embeddings().register_forward_hook(lambda *_: 1/left.pop() if left else None)   # once: what puts frequencies back is a pass, too
         with pytest.raises(ZeroDivisionError): list(steps)
         handle.remove()
     assert full_state(model) == before
