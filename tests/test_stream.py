@@ -25,6 +25,15 @@ from gradsentry_nb.sentry import Scan, ScanInterrupted, Sentry
 from gradsentry_nb.stream import MANIFEST, StoredScan, StoredScores, about_chunk, chunk_bytes, chunk_plan, estimate, forget, scan_to, spread, write_whole
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    "Bytes are the same for the same number of threads, and of several the math library takes as many as the machine has to spare at that moment."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope='module')
 def demo():
     "The demo's model and tokenizer."
