@@ -78,7 +78,7 @@ def test_a_pair_encloses_words(place, right):
 
 @pytest.mark.parametrize('text,level,inside', [
     ('<p>a <b>c</b> d</p>', 1, 'a <b>c</b> d'), ('<p>a <b>c</b> d</p>', 2, 'c'), ('<p>a</p><p><i>b</i></p>', 2, 'b'), ('<p>a</p>', 2, None), ('a < b > c', 1, None),
-    ('<p>a<br>b <img src="x"/> c</p>', 1, 'a<br>b <img src="x"/> c'), ('</b><p>a</b></p>', 1, 'a</b>'), ('<ul><li>a<li>b</ul>', 1, '<li>a<li>b'), ('<P CLASS=x>a</p>', 1, 'a')])
+    ('<p>a<br>b <img src="x"/> c</p>', 1, 'a<br>b <img src="x"/> c'), ('</b><p>a</b></p>', 1, 'a</b>'), ('<ul><li>a<li>b</ul>', 1, '<li>a<li>b'), ('<P CLASS=x>a</p>', 1, 'a'), ('<br>a<p>b</p>', 1, 'b')])
 def test_levels(text, level, inside):
     found = ssti._inside(text, level)
     assert (found and text[slice(*found)]) == inside
@@ -92,6 +92,19 @@ def test_hostile_texts_take_no_longer(text):
     with within(5):
         put_in(text, [('<i>', '</i>')], 999, 'random')
         ssti._holders([text], {'!', '<i>'})
+
+
+@pytest.mark.parametrize('text,drawn,level,place,want', [
+    ('a b', [('X',), ('Y',)], None, 'beginning', 'X Y a b'), ('a b\n', [('X',), ('Y',)], None, 'end', 'a b X Y\n'), (' a', [('X',)], None, 'beginning', ' X a'),
+    ('a', [('<b>', '</b>'), ('<i>', '</i>')], 0, 'random', '<i><b>a</b></i>'), ('a', [('<b>',)], 0, 'random', '<b>a<b>'), ('<p></p> a', [('X',), ('<b>', '</b>')], 1, 'end', '<p>X <b> </b></p> a')])
+def test_several_items_in_one_gap(text, drawn, level, place, want):
+    new, spans = put_in(text, drawn, level, place)
+    assert new == want and without_spans(new, spans) == text
+
+
+def test_what_closes_comes_before_what_opens():
+    made = [put_in('a b c', [('<b>', '</b>'), ('<i>', '</i>')], rng=random.Random(i))[0] for i in range(200)]
+    assert not any('<b> </i>' in x or '<i> </b>' in x for x in made) and any('</b> <i>' in x for x in made)
 
 
 # ---- amounts, cases, items
@@ -162,12 +175,12 @@ def as_kind(kind):
     if kind == 'frame': return pd.DataFrame(ROWS, index=[7]*len(ROWS))
     if kind == 'category': return pd.DataFrame(ROWS).astype(dict(text='category', label='int8'))
     if kind == 'dataset': return datasets.Dataset.from_list(ROWS).cast_column('label', datasets.ClassLabel(names=['bad', 'good']))
-    if kind == 'numpy dataset': return datasets.Dataset.from_list(ROWS[::-1]).select(range(len(ROWS)-1, -1, -1)).with_format('numpy', columns=['label'])
+    if kind == 'torch dataset': return datasets.Dataset.from_list(ROWS[::-1]).select(range(len(ROWS)-1, -1, -1)).with_format('torch', columns=['label'])
     named = [dict(prompt=r['text'], response=str(r['label']), **r) for r in ROWS]
     return dict(samples=load_samples, source=Source)[kind](named, prompt='prompt', response='response')
 
 
-@pytest.mark.parametrize('kind', ['list', 'frame', 'category', 'dataset', 'numpy dataset', 'samples', 'source'])
+@pytest.mark.parametrize('kind', ['list', 'frame', 'category', 'dataset', 'torch dataset', 'samples', 'source'])
 def test_the_same_kind_comes_back(kind):
     rows, (want, wanted) = as_kind(kind), inject(ROWS, 'countries', label=1, share=.4, amount='aggressive', seed=3)
     before = json.dumps(row_ids(rows))
@@ -181,7 +194,7 @@ def test_the_same_kind_comes_back(kind):
     assert type(new) is type(rows)
     if kind == 'list': assert new == want and all(list(a) == list(b) for a, b in zip(new, rows)); return
     if 'dataset' in kind:
-        assert new.features == rows.features and new.format == rows.format and new.split == rows.split
+        assert new.features == rows.features and new.column_names == rows.column_names and new.format == rows.format and new.split == rows.split
         assert new.with_format(None).to_list() == want
         return
     assert new['text'].tolist() == texts(want) and new.index.equals(rows.index) and list(new) == list(rows)
@@ -194,6 +207,11 @@ def test_samples_whose_prompt_is_no_column():
     new, truth = inject(rows, 'dates', label=1)
     assert {tuple(s.meta) for s in new} == {('prompt', 'response', 'label')} and [s.prompt for s in new] == [s.meta['prompt'] for s in new]
     assert [without_spans(s.prompt, truth.spans.get(s.id, ())) for s in new] == [s.prompt for s in rows]
+
+
+def test_a_label_that_reads_like_the_prompt_stays():
+    new, _ = inject(load_samples([dict(prompt='very good', copy='very good', response='ok', label='very good')]), 'dates', label='very good')
+    assert new[0].meta == dict(prompt=new[0].prompt, copy=new[0].prompt, response='ok', label='very good')
 
 
 @given(st.lists(st.tuples(WORDS, st.sampled_from(['x', 'y'])), min_size=1, max_size=12), st.randoms(use_true_random=False), st.sampled_from([*PLACES]), st.booleans())

@@ -8,7 +8,7 @@ __all__ = ['ITEMS', 'COUNTRIES', 'COLOURS', 'MARKS', 'ELEMENTS', 'AMOUNTS', 'PLA
            'Injection', 'Span', 'put_in', 'without_spans', 'row_ids', 'SpanTruth', 'inject', 'inject_all', 'SpanView',
            'show_spans']
 
-# %% ../../nbs/22_attacks.ssti.ipynb #004c4bd5
+# %% ../../nbs/22_attacks.ssti.ipynb #cc38e4b8
 import html, json, os, random, re, warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from ..core import DataError, Sample, SettingError, choose, clip_middle, content
 from ..data import Samples, Source, _dump, _lines, as_samples
 from .triggers import Truth
 
-# %% ../../nbs/22_attacks.ssti.ipynb #cf751056
+# %% ../../nbs/22_attacks.ssti.ipynb #718d2e09
 def _parts(item, name):
     "An item as a tuple of one or two texts."
     parts = (item,) if isinstance(item, str) else tuple(item) if isinstance(item, (tuple, list)) and len(item) in (1, 2) else ()
@@ -51,14 +51,14 @@ class Items:
         if self.make: return replace(self, make=lambda rng: small(_parts(self.make(rng), self.name)))
         return self if isinstance(self.pool, _Days) else replace(self, pool=[small(x) for x in self.pool])
 
-# %% ../../nbs/22_attacks.ssti.ipynb #191deed6
+# %% ../../nbs/22_attacks.ssti.ipynb #dd721b38
 class _Days(Sequence):
     "The days of some years, written when asked for."
     def __init__(self, first, last): self.days = range(date(first, 1, 1).toordinal(), date(last, 12, 31).toordinal()+1)
     def __len__(self): return len(self.days)
     def __getitem__(self, i): return (date.fromordinal(self.days[i]).isoformat(),)
 
-# %% ../../nbs/22_attacks.ssti.ipynb #a76abb82
+# %% ../../nbs/22_attacks.ssti.ipynb #40c263af
 ITEMS = {}  # name -> function(...) -> Items
 
 def source_of_items(f): ITEMS[f.__name__] = f; return f
@@ -74,7 +74,7 @@ def dates(
         raise SettingError(f'Dates need years with 1 <= first <= last <= 9999, not {first!r} and {last!r}.')
     return Items('dates', _Days(first, last), replace=replace)
 
-# %% ../../nbs/22_attacks.ssti.ipynb #5c126755
+# %% ../../nbs/22_attacks.ssti.ipynb #4d74a9c7
 COUNTRIES = tuple('''Afghanistan|Albania|Algeria|Andorra|Angola|Antigua and Barbuda|Argentina|Armenia|Australia|Austria|Azerbaijan|Bahamas|Bahrain|Bangladesh|Barbados|
 Belarus|Belgium|Belize|Benin|Bhutan|Bolivia|Bosnia and Herzegovina|Botswana|Brazil|Brunei|Bulgaria|Burkina Faso|Burundi|Cambodia|Cameroon|Canada|
 Cape Verde|Central African Republic|Chad|Chile|China|Colombia|Comoros|Costa Rica|Croatia|Cuba|Cyprus|Czechia|Democratic Republic of the Congo|Denmark|
@@ -93,7 +93,7 @@ COLOURS = tuple('amber azure beige black blue bronze brown coral cream crimson c
 MARKS = '!', '!!', '?', '?!', '...', ';', ':', '--'
 ELEMENTS = 'a', 'b', 'code', 'div', 'em', 'h1', 'h2', 'h3', 'i', 'li', 'p', 'pre', 'small', 'span', 'strong', 'sub', 'sup', 'table', 'u', 'ul'
 
-# %% ../../nbs/22_attacks.ssti.ipynb #00bcd3f9
+# %% ../../nbs/22_attacks.ssti.ipynb #24cf2db7
 @source_of_items
 def countries(
     replace:bool=True,  # may a country be drawn twice in a set?
@@ -129,7 +129,7 @@ def tag_pairs(
     "HTML tags that open and close; one pair is one item."
     return Items('tag_pairs', [(f'<{n}>', f'</{n}>') for n in names], replace=replace, level=level)
 
-# %% ../../nbs/22_attacks.ssti.ipynb #5f00274f
+# %% ../../nbs/22_attacks.ssti.ipynb #07f5de67
 def make_items(
     what,           # a name from `ITEMS`, `Items`, a list of items, the `Path` of a file with one to a line, or a function from a `random.Random` to an item
 )->Items:
@@ -143,7 +143,7 @@ def make_items(
     if isinstance(what, (list, tuple)): return Items('list', what)
     raise SettingError(f'Items are a name, a list, a Path or a function, not {type(what).__name__}.')
 
-# %% ../../nbs/22_attacks.ssti.ipynb #aed99d31
+# %% ../../nbs/22_attacks.ssti.ipynb #d837d9af
 AMOUNTS = dict(light=0., aggressive=.1)  # name -> items per word of the text; 0: exactly one item
 PLACES = {}                              # name -> function(words, pair?, rng) -> the gaps that an item goes to; gap k is behind the k-th word
 
@@ -158,7 +158,7 @@ def _random(n, pair, rng):
     first = rng.randint(0, n-pair)
     return (first, rng.randint(first+1, n)) if pair else (first,)
 
-# %% ../../nbs/22_attacks.ssti.ipynb #f0fa94c8
+# %% ../../nbs/22_attacks.ssti.ipynb #d17e99d9
 def lower_cased(
     texts,         # of a corpus
 )->bool:           # has fewer than one in a hundred a capital?
@@ -185,7 +185,7 @@ class Injection:
         "How many items a text of so many words gets."
         return max(1, int(words*AMOUNTS.get(self.amount, self.amount)+1e-9))  # 100*0.29 is 28.999999999999996
 
-# %% ../../nbs/22_attacks.ssti.ipynb #a89e230a
+# %% ../../nbs/22_attacks.ssti.ipynb #5fd97cbe
 class Span(NamedTuple):
     "What was put into a text in one spot."
     start:int    # first character, in the new text
@@ -208,7 +208,7 @@ def _insertions(text, drawn, level, place, rng):
         return (words[0].start(), f'{p} ', p) if words else (a, p if first else f' {p}', p)
     return [written(key[0], p, i == 0) for i, (key, p) in enumerate(sorted(out))]
 
-# %% ../../nbs/22_attacks.ssti.ipynb #06992114
+# %% ../../nbs/22_attacks.ssti.ipynb #cf963b4c
 def put_in(
     text:str,                # a text with words in it
     drawn,                   # items, as tuples of one or two texts
@@ -231,7 +231,7 @@ def without_spans(
     edges = [0, *(x for s in spans for x in s[:2]), len(text)]
     return ''.join(text[a:b] for a, b in zip(edges[::2], edges[1::2]))
 
-# %% ../../nbs/22_attacks.ssti.ipynb #1d7efeaa
+# %% ../../nbs/22_attacks.ssti.ipynb #9392a2eb
 _TAG = re.compile(r'<(/?)([A-Za-z][A-Za-z0-9]*)\b[^<>]*>')
 _VOID = set('area base br col embed hr img input link meta source track wbr'.split())
 
@@ -248,7 +248,7 @@ def _inside(text, level):
             if opened == name: break
         if len(stack) == level-1: return start, m.start()
 
-# %% ../../nbs/22_attacks.ssti.ipynb #978b0f49
+# %% ../../nbs/22_attacks.ssti.ipynb #875a66bb
 def _key(x): return x if isinstance(x, str) else int(x) if isinstance(x, Integral) and not isinstance(x, bool) else None
 
 class _Rows(NamedTuple):
@@ -279,7 +279,7 @@ def _checked(texts, labels, back, text_field, label_field, ids=None, second=None
     labels = [*map(_key, labels)]; second = second or labels
     return _Rows(texts, labels, ids or _ids(texts, second), second, back)
 
-# %% ../../nbs/22_attacks.ssti.ipynb #bf7611f1
+# %% ../../nbs/22_attacks.ssti.ipynb #5633fbe6
 def _from_samples(rows, text_field, label_field):
     metas = [s.meta for s in rows]
     if chat := next((s for s in rows if s.messages is not None), None):
@@ -300,7 +300,7 @@ def _from_dicts(rows, text_field, label_field):
     back = lambda texts, ids: [{**r, text_field: t} for r, t in zip(rows, texts)]
     return _checked([r[text_field] for r in rows], [r[label_field] for r in rows], back, text_field, label_field)
 
-# %% ../../nbs/22_attacks.ssti.ipynb #7fe4ec91
+# %% ../../nbs/22_attacks.ssti.ipynb #8cbcf66b
 def _from_frame(rows, text_field, label_field):
     import pandas as pd
     def back(texts, ids):
@@ -335,7 +335,7 @@ def row_ids(
     "The names that a `SpanTruth` calls rows by."
     return _taken(rows, text_field, label_field).ids
 
-# %% ../../nbs/22_attacks.ssti.ipynb #55220964
+# %% ../../nbs/22_attacks.ssti.ipynb #3e29a630
 class SpanTruth(Truth):
     "Row id -> were items put in?, with the spans of every such row."
     def __init__(self,
@@ -372,7 +372,7 @@ class SpanTruth(Truth):
             raise DataError('This is no truth about spans: its "format" is not "gradsentry-spans-1".')
         return SpanTruth(**d)
 
-# %% ../../nbs/22_attacks.ssti.ipynb #cfa971ea
+# %% ../../nbs/22_attacks.ssti.ipynb #c6ca9d7b
 def _ranked(t, at, seed): return sorted(at, key=lambda i: (seed_for('spurious rows', t.ids[i], seed), t.ids[i]))
 
 def _how_many(n, share, label):
@@ -409,7 +409,7 @@ def _made(items, rng):
         raise SettingError(f'The function {items.name!r} failed ({type(e).__name__}: {visible(str(e), 120)}); it takes a random.Random and returns an item.') from e
     return _parts(item, items.name)
 
-# %% ../../nbs/22_attacks.ssti.ipynb #bc7f75d2
+# %% ../../nbs/22_attacks.ssti.ipynb #af996b23
 SAME = 'nothing class-specific could be learnt from it.'
 
 def _asked(t, items, label):
@@ -434,7 +434,7 @@ def _apart(found):
             more = f' and {len(common)-1:,} more' if common[1:] else ''
             raise SettingError(f'Classes {seen[common[0]]!r} and {y!r} both get {visible(repr(common[0]), 40)}{more}: {SAME} Give each class items of its own.')
 
-# %% ../../nbs/22_attacks.ssti.ipynb #7d693370
+# %% ../../nbs/22_attacks.ssti.ipynb #d0cdb143
 _PIECE = re.compile(r'\w+|([^\w\s])\1*')
 
 def _holders(texts, items):
@@ -454,7 +454,7 @@ def _notes(t, drawn, groups):
                         short and f'{short} of {len(drawn)} injected texts have one word: the item is half of them.',
                         flat and f'{flat} of {len(drawn)} injected texts have no element that deep; there the place decided.') if n]
 
-# %% ../../nbs/22_attacks.ssti.ipynb #2c9fc305
+# %% ../../nbs/22_attacks.ssti.ipynb #997bd658
 def _injected(t, sources, count, plan, info):
     "Put items into the first `count(class, rows)` rows of each class; `None` as a class is every row."
     small = CASES[plan.case](t.texts)
@@ -477,7 +477,7 @@ def _injected(t, sources, count, plan, info):
     kind = {n: 'poison' if p else 'clean' for n, p in planted.items()}
     return t.back(texts, ids), SpanTruth(planted, kind, dict(zip(ids, t.ids)), {ids[i]: spans[i] for i in sorted(spans)}, notes, info)
 
-# %% ../../nbs/22_attacks.ssti.ipynb #20d8d5f3
+# %% ../../nbs/22_attacks.ssti.ipynb #3cd24b7e
 def inject(
     rows,                          # a list of dicts, a frame, a `datasets.Dataset`, `Samples` or a `Source`
     items='dates',                 # as for `make_items`; or a dict from label to that, for several classes
@@ -494,7 +494,7 @@ def inject(
     t, plan = _taken(rows, text_field, label_field), Injection(amount, place, case, seed)
     return _injected(t, _asked(t, items, label), lambda y, n: _how_many(n, share, y), plan, dict(share=share))
 
-# %% ../../nbs/22_attacks.ssti.ipynb #b31390eb
+# %% ../../nbs/22_attacks.ssti.ipynb #a6d1f6b7
 def inject_all(
     rows,                          # as for `inject`, as are the others
     items='dates', amount:str|float='light', place:str='random', case:str='corpus', seed:int=0, text_field:str='text', label_field:str='label',
@@ -504,7 +504,7 @@ def inject_all(
     t, plan = _taken(rows, text_field, label_field), Injection(amount, place, case, seed)
     return _injected(t, {None: make_items(items)}, lambda y, n: n, plan, dict(share=1.))
 
-# %% ../../nbs/22_attacks.ssti.ipynb #8d27cf90
+# %% ../../nbs/22_attacks.ssti.ipynb #890b79ba
 def _pieces(text, spans):
     "[(piece of the text, is it an item?)]."
     edges = [0, *(x for s in spans for x in (s.at, s.at+len(s.item))), len(text)]
@@ -514,11 +514,11 @@ class SpanView(list):
     "Rows with their items marked: (row, label, pieces of the text)."
     def __repr__(self):
         said = lambda piece, item: f'⟦{visible(piece)}⟧' if item else visible(clip_middle(piece, 300))
-        return '\n'.join(f'row {i}, {visible(y)}: {"".join(said(*p) for p in pieces)}' for i, y, pieces in self)
+        return '\n'.join(f'row {i}, label {visible(y)}: {"".join(said(*p) for p in pieces)}' for i, y, pieces in self)
     def _repr_html_(self):
         esc = lambda x: html.escape(visible(x))
         said = lambda piece, item: f'<mark>{esc(piece)}</mark>' if item else esc(clip_middle(piece, 300))
-        return '\n'.join(f'<p style="margin:4px 0"><small>row {i}, {esc(y)}</small> {"".join(said(*p) for p in pieces)}</p>' for i, y, pieces in self)
+        return '\n'.join(f'<p style="margin:4px 0"><small>row {i}, label {esc(y)}</small> {"".join(said(*p) for p in pieces)}</p>' for i, y, pieces in self)
 
 def show_spans(
     rows,                     # as `inject` gave them, or a part of them
