@@ -15,7 +15,8 @@ __all__ = ['load_ipython_extension', 'unload_ipython_extension', 'Sample', 'Scor
            'run_grid', 'collect', 'over_seeds', 'experiment_grid', 'EXPERIMENTS', 'score_strip', 'score_against',
            'spectra', 'sample_map', 'precision_recall', 'roc', 'layer_map', 'chart_svg', 'still', 'explain_row',
            'RowExplanation', 'explain_verdict', 'VerdictExplanation', 'causal_check', 'gradient_map', 'GradientMap',
-           'dashboard', 'view', 'LiveScan', 'scan_to', 'StoredScan', 'estimate', 'Estimate', 'score_on', 'ScoreRows']
+           'dashboard', 'view', 'LiveScan', 'scan_to', 'StoredScan', 'estimate', 'Estimate', 'score_on', 'ScoreRows',
+           'ITEMS', 'SpanTruth', 'inject', 'inject_all', 'show_spans']
 
 # %% ../nbs/90_extension.ipynb #79f4fbe7
 from importlib import import_module
@@ -45,6 +46,7 @@ _home = {
     "archaic": "attacks.style", "style_transfer": "attacks.style",
     "ATTACKS": "attacks.triggers", "PAYLOADS": "attacks.triggers", "Truth": "attacks.triggers", "poison": "attacks.triggers",
     "triggered": "attacks.triggers", "hard_suite": "attacks.triggers", "sections": "attacks.triggers", "with_section": "attacks.triggers",
+    "ITEMS": "attacks.ssti", "SpanTruth": "attacks.ssti", "inject": "attacks.ssti", "inject_all": "attacks.ssti", "show_spans": "attacks.ssti",
     "onion_clean": "baselines.model",
     "cleangen": "baselines.decoding",
     "DETECTORS": "detectors", "make_detector": "detectors", "detector_table": "detectors", "score_all": "detectors", "filter_all": "detectors",
@@ -61,7 +63,7 @@ _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "D
          "cleangen", "DETECTORS", "make_detector", "detector_table", "score_all", "filter_all", "finetune", "FineTuned", "TRAIN_PRESETS",
          "Evaluation", "Behaviour", "behaviour", "Grid", "DataSet", "run_grid", "collect", "over_seeds", "experiment_grid", "EXPERIMENTS",
          "score_strip", "score_against", "spectra", "sample_map", "precision_recall", "roc", "layer_map", "chart_svg", "still", "explain_row", "RowExplanation", "explain_verdict", "VerdictExplanation", "causal_check", "gradient_map", "GradientMap", "dashboard", "view", "LiveScan",
-         "scan_to", "StoredScan", "estimate", "Estimate", "score_on", "ScoreRows"]
+         "scan_to", "StoredScan", "estimate", "Estimate", "score_on", "ScoreRows", "ITEMS", "SpanTruth", "inject", "inject_all", "show_spans"]
 
 # %% ../nbs/90_extension.ipynb #9a431495
 def __getattr__(name):
