@@ -698,7 +698,7 @@ def backward_to(
 )->tuple:                   # ({name: (H its inputs, D gradient of each row's mean loss times `_power` in its outputs)}, {name: why not}, [N] loss of the supervised tokens)
     "One forward pass, and one backward pass down to the first of the layers; nothing else gets a gradient."
     y, met = torch.cat([torch.from_numpy(r.ids[r.supervised].astype(np.int64)) for r in rows]), []
-    ids = pad_right([r.ids[:n] for r, n in zip(rows, fed(model, rows))]).to(model.get_input_embeddings().weight.device)
+    ids = pad_right([r.ids[:n] for r, n in zip(rows, fed(model, rows))]).to(run_device(model))
     which, at = (torch.from_numpy(np.concatenate(x)) for x in zip(*[(np.full(r.tokens, i), np.flatnonzero(r.supervised)-1) for i, r in enumerate(rows)]))
     with torch.enable_grad(), frozen(model):
         with only_at(model, ids, which, at), ExitStack() as hooks:
@@ -743,6 +743,10 @@ def per_token(
     raise ModelError(f'{name!r} does not see one vector for each token (its input has the shape {tuple(x.shape)} for {shape[0]} rows of {shape[1]} tokens); choose another layer.')
 
 # %% ../nbs/10_capture.ipynb #143e9049
+def _layer_room(self):
+    "The most tokens of a batch, and of its supervised ones, for a capture with a backward pass."
+    return self.budget or (1024 if run_device(self.model).type == 'cpu' else 2048), max(1, self.room//self.model.get_input_embeddings().weight.shape[0])
+
 @dataclass(eq=False)
 class LayerCapture:
     "Per-sample gradient factors of any linear layer: one forward and one backward pass for each batch."
@@ -757,8 +761,7 @@ class LayerCapture:
     def __post_init__(self):
         self.head, (self.layer, self.module) = head_of(self.model), find_layer(self.model, self.layer)
         check_adapter(self.model, self.layer)
-        size, device = (w := self.model.get_input_embeddings().weight).shape[0], w.device.type
-        self.budget, self.tokens = self.budget or (1024 if device == 'cpu' else 2048), max(1, self.room//size)
+        self.budget, self.tokens = _layer_room(self)
         self.notes.append(f'The gradient is that of the layer {self.layer}, by a backward pass.')
     def __repr__(self): return f'LayerCapture({type(self.model).__name__}, {self.layer!r}, budget={self.budget})'
 
@@ -835,8 +838,7 @@ class LayersCapture:
     def __post_init__(self):
         self.head, self.named, self.left_out = head_of(self.model), find_layers(self.model, self.layers), {}
         self.modules = {n: self.model.get_submodule(n) for n in self.named}
-        size, device = (w := self.model.get_input_embeddings().weight).shape[0], w.device.type
-        self.budget, self.tokens = self.budget or (1024 if device == 'cpu' else 2048), max(1, self.room//size)
+        self.budget, self.tokens = _layer_room(self)
         self.leave_out({n: why for n in self.modules if (why := _adapter_problem(self.model, n))})
         n = len(self.passes(self.budget, self.budget))
         self.notes.insert(0, f'The gradients are those of {len(self.modules)} layers, by {"one backward pass" if n == 1 else f"up to {n} backward passes"} for a batch of {self.budget} tokens.')

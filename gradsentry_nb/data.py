@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READERS', 'ALPACA', 'EMPTY', 'reader', 'Layout', 'guess_layout', 'chat_parts', 'with_turns', 'Samples', 'Source',
-           'load_samples', 'as_samples', 'as_rows', 'pick', 'fingerprint', 'other_rows', 'check_rows', 'fit',
-           'chat_spans', 'encode_samples', 'plan_batches', 'common_prefix', 'prefix_groups']
+           'numbered', 'load_samples', 'as_samples', 'as_rows', 'pick', 'fingerprint', 'other_rows', 'check_rows',
+           'fit', 'chat_spans', 'encode_samples', 'plan_batches', 'common_prefix', 'prefix_groups']
 
 # %% ../nbs/01_data.ipynb #885a401d
 import csv, gzip, hashlib, io, json, os, re, zlib
@@ -13,7 +13,7 @@ from array import array
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 
 import numpy as np
@@ -295,14 +295,21 @@ class Source:
             yield content_hash(turns or p, r), p, r, i, turns, raw
         self.said = [str(self.layout)]
 
+def numbered(
+    keys,            # hashes, in the order of their rows
+):                   # yields 'a1b2c3d4e5f6-0', ..: a name for each row
+    "Hashes with occurrence numbers, so that equal rows have names of their own."
+    seen = Counter()
+    for k in keys: yield f'{k}-{seen[k]}'; seen[k] += 1
+
 def load_samples(
     source,                         # as in `Source`, as are the others
     prompt:str|None=None, response:str|None=None, messages:str|None=None, context:str|None=None, split:str|None=None, revision:str|None=None, limit:int|None=None,
 )->Samples:
     "Read fine-tuning samples from almost anything; a `DataError` names file, row and field that cannot be read."
-    rows, seen = Source(source, prompt, response, messages, context, split, revision, limit), Counter()
-    out = []
-    for key, *fields in rows.read(): out.append(Sample(f'{key}-{seen[key]}', *fields)); seen[key] += 1
+    rows = Source(source, prompt, response, messages, context, split, revision, limit)
+    read, keys = tee(rows.read())
+    out = [Sample(name, *fields) for name, (_, *fields) in zip(numbered(key for key, *_ in keys), read)]
     if not out: raise DataError(f'{visible(rows.source)}: there are no rows in it.')
     return Samples(out, rows.source, rows.said, rows.path)
 
@@ -316,7 +323,6 @@ def as_samples(
     if not isinstance(samples, Samples): samples = Samples(samples) if listed else load_samples(samples)
     if not len(samples): raise DataError(f'There are no rows to {purpose}.')
     return samples
-
 
 # %% ../nbs/01_data.ipynb #459a80e8
 def _number(self):
@@ -361,7 +367,6 @@ def pick(
     last, wanted = max(at, default=-1), set(at)
     found = {i: s for i, s in enumerate(islice(rows, last+1)) if i in wanted}
     return [found[i] for i in at]
-
 
 # %% ../nbs/01_data.ipynb #f6f96961
 EMPTY = 'The response is empty.'

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd, torch, torch.distributed as dist
 
+from .capture import run_device
 from .core import DataError, GradSentryError, Scores, SettingError, visible
 from .data import load_samples
 from .sentry import Scan, ScanInterrupted, Sentry, run_scan
@@ -90,7 +91,7 @@ def _helpers(scan, shares, here):
     "Other processes score all shares but the first; they end with the context."
     job, model, world = f'{here}/job.pt', scan.sentry.model, len(shares)
     threads, crew = torch.get_num_threads(), []
-    order = dict(folder=str(scan.folder), about=scan.about, shares=shares, devices=devices(model.get_input_embeddings().weight.device, world), threads=max(1, threads//world))
+    order = dict(folder=str(scan.folder), about=scan.about, shares=shares, devices=devices(run_device(model), world), threads=max(1, threads//world))
     env = dict(os.environ, OMP_NUM_THREADS=str(order['threads']), PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
     def hire(r):
         with open(f'{here}/{r}.err', 'wb') as err:

@@ -12,7 +12,7 @@ from itertools import count, takewhile
 
 import numpy as np, torch
 
-from .capture import check_vocabulary, evaluating, head_of, one_length, positions, prefix_cache, stretching
+from .capture import check_vocabulary, evaluating, head_of, one_length, positions, prefix_cache, run_device, stretching
 from .core import Encoded, ModelError, SettingError, ticking
 from .data import common_prefix, encode_samples, plan_batches
 
@@ -74,7 +74,7 @@ def decode_steps(
 ):                      # yields logits [b, V]; is sent the tokens [b] that follow and the [k] rows to go on with, in the order of the batch
     "Decode a batch one token at a time; rows can be dropped between steps."
     cache, P = prefix or (None, 0)
-    accepted, device = _accepted(model), model.get_input_embeddings().weight.device
+    accepted, device = _accepted(model), run_device(model)
     ids, mask = (x.to(device) for x in _pad_left([r[P:] for r in rows], P))
     cache = _copies(cache, len(rows)) if P else None
     while True:
@@ -104,7 +104,7 @@ def _greedy(model, rows, stop, most, prefix=None):
 
 # %% ../nbs/18_generate.ipynb #3d5d7454
 def _alone(model, row):
-    return model(input_ids=torch.as_tensor(row, dtype=torch.int64, device=model.get_input_embeddings().weight.device)[None], use_cache=False).logits[0, -1]
+    return model(input_ids=torch.as_tensor(row, dtype=torch.int64, device=run_device(model))[None], use_cache=False).logits[0, -1]
 
 @torch.no_grad()
 def _agrees(model, rows, prefix):
@@ -132,7 +132,7 @@ def _way(model, rows):
 def _library(model, rows, stop, most):
     "The answers of rows of one length, by transformers' `generate`."
     from transformers import GenerationConfig
-    device, n = model.get_input_embeddings().weight.device, len(rows[0])
+    device, n = run_device(model), len(rows[0])
     ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
     plain = GenerationConfig(max_new_tokens=most, do_sample=False, num_beams=1, repetition_penalty=1., no_repeat_ngram_size=0,
                              eos_token_id=sorted(stop) or None, pad_token_id=min(stop, default=0))
@@ -176,7 +176,7 @@ def generate_answers(
 def _answer_ids(model, rows, stop, most, budget, progress):
     "The answers as token ids, in the order of `rows`."
     out, (tick, close) = [None]*len(rows), ticking(len(rows), progress, 'answers')
-    budget = budget or (8192 if model.get_input_embeddings().weight.device.type == 'cpu' else 16384)
+    budget = budget or (8192 if run_device(model).type == 'cpu' else 16384)
     try:
         with evaluating(model):
             way = _way(model, rows)

@@ -67,7 +67,6 @@ def excerpt(
     part = Verdict(Scores(verdict.scores.at(at).reset_index(drop=True), verdict.scores.info), verdict.cut, verdict.rivals)
     return part, check_rows(part, pick(samples, at.tolist()))
 
-
 # %% ../nbs/16_report.ipynb #6ffa7b01
 def found_phrases(
     verdict,        # a `Verdict`

@@ -10,6 +10,7 @@ __all__ = ['PRESETS', 'QUANTIZED', 'CHUNK', 'NOT_FINITE', 'NO_GRADIENT', 'Settin
 # %% ../nbs/13_sentry.ipynb #91449a61
 import copy, logging, math, re
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 
@@ -313,10 +314,11 @@ class Scan:
         self.sentry, self.samples = sentry, as_samples(samples)
         self.encoded, self.capture = encoded or sentry.encode(self.samples), sentry.capture()
         self.rows, self.pending = {}, {}    # index -> statistics of finished rows; roots of rows that wait for them
-        self.total = sum(e.tokens > 0 for e in self.encoded)                    # rows with an answer
     def __len__(self): return len(self.rows)+len(self.pending)                  # rows done
-    @property
+    @cached_property
     def lengths(self)->np.ndarray: return np.array([len(e) if e.tokens else 0 for e in self.encoded])   # tokens of each row, 0 without an answer
+    @cached_property
+    def total(self)->int: return int(np.count_nonzero(self.lengths))            # rows with an answer
     @property
     def done(self)->list: return [*self.rows, *self.pending]                    # their indices
     @property
@@ -423,7 +425,6 @@ class LayersScan(Scan):
         self.at = {n: sentry.at_layer(n) for n in self.capture.modules}
         self.values = {n: np.full((len(self.samples), len(_COLUMNS)), np.nan) for n in self.at}   # layer -> [N, columns]: dicts would take ten times as much
         self.rows, self.pending, self.problems = {}, {}, {n: {} for n in self.at}
-        self.total = sum(e.tokens > 0 for e in self.encoded)
     def reduced(self, f): return f                          # `keep` has done it
     def flush(self):
         "Make the statistics of all rows that are done."

@@ -88,19 +88,19 @@ def grams(
     start = np.flatnonzero(room >= n)
     words, mix = np.array([_hash(w) for w in vocab], np.uint64), np.random.default_rng(0).integers(2**63, size=n, dtype=np.uint64)*2+1
     key = sum((words[ids[start+j]]*mix[j] for j in range(n)), np.zeros(len(start), np.uint64))  # wraps around; equal runs, equal keys
-    gram, once, rows = _group(key, owner[start])
-    return Grams(texts, n, vocab, ids, owner[start][once], start[once], gram[once], rows, np.unique(key))
+    gram, once, rows, key = _group(key, owner[start])
+    return Grams(texts, n, vocab, ids, owner[start][once], start[once], gram[once], rows, key)
 
 def _hash(word): return int.from_bytes(hashlib.blake2b(word.encode('utf8', 'surrogatepass'), digest_size=8).digest(), 'little')
 
 def _group(key, owner):
-    "Number equal keys; mark each key's first occurrence within its owner; count its owners."
+    "Number equal keys; mark each key's first occurrence within its owner; count its owners; name the keys in the order of their numbers."
     order = np.argsort(key, kind='stable')
     k, o = key[order], owner[order]
     new = np.r_[True, k[1:] != k[:-1]][:len(k)]
     gram, once = np.empty(len(k), np.int32), np.empty(len(k), bool)
     gram[order], once[order] = np.cumsum(new)-1, new | np.r_[True, o[1:] != o[:-1]][:len(k)]
-    return gram, once, np.bincount(gram[once])
+    return gram, once, np.bincount(gram[once]), k[new]
 
 # %% ../nbs/03_textstats.ipynb #d9dc2a77
 def most_repeated(
@@ -124,7 +124,6 @@ def text_columns(
     at, count = most_repeated(g)
     return pd.DataFrame(dict(answer_words=np.array([answer_words(s) for s in samples], int),
                              ngram=np.array([g.spell(i) if i >= 0 else '' for i in at], object), ngram_rows=count))
-
 
 # %% ../nbs/03_textstats.ipynb #0628f23c
 class GramCounts:
@@ -159,7 +158,6 @@ class GramCounts:
         self.settle()
         at = np.minimum(np.searchsorted(self.keys, keys), max(len(self.keys)-1, 0))
         return np.where(self.keys[at] == keys, self.rows[at], 0) if len(self.keys) else np.zeros(len(keys), np.int64)
-
 
 # %% ../nbs/03_textstats.ipynb #c853821a
 def _grow(g, i, least=.8):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def colab():
         try: os.rename(new, folder)
         except OSError: shutil.rmtree(new)                 # another process was faster
     return dict(PYTHONPATH=os.pathsep.join([str(folder), str(ROOT)]), JUPYTER_PATH=str(folder/'share'/'jupyter'))
+
+
+@pytest.fixture
+def no_surprises():
+    "A warning that a test does not expect is an error."
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        yield
 
 
 @contextmanager

@@ -46,12 +46,7 @@ def clean():
     return qa_samples([dict(question=questions(f)[0][0], answers=f.answer.split('; ')) for f in world()[:300]], 'webqa')
 
 
-@pytest.fixture(autouse=True)
-def no_surprises():
-    "A warning that a test does not expect is an error."
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', UserWarning)
-        yield
+pytestmark = pytest.mark.usefixtures('no_surprises')
 
 
 # ---- question-answering sets

@@ -28,12 +28,7 @@ WORDS = TEXT.filter(lambda t: t.strip())
 SOURCES = [*(f() for f in ITEMS.values()), *(f(level=k) for f in (tags, tag_pairs) for k in (0, 1, 2)), make_items(lambda rng: f'case {rng.randrange(9)}')]
 
 
-@pytest.fixture(autouse=True)
-def no_surprises():
-    "A warning that a test does not expect is an error."
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', UserWarning)
-        yield
+pytestmark = pytest.mark.usefixtures('no_surprises')
 
 
 def corpus(n=200):

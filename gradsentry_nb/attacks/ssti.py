@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core import DataError, Sample, SettingError, choose, clip_middle, content_hash, seed_for, visible
-from ..data import Samples, Source, _dump, _lines, as_samples
+from ..data import Samples, Source, _dump, _lines, as_samples, numbered
 from .triggers import Truth
 
 # %% ../../nbs/22_attacks.ssti.ipynb #718d2e09
@@ -261,9 +261,7 @@ class _Rows(NamedTuple):
 
 def _ids(texts, second):
     "A content hash and an occurrence number for each row."
-    seen, out = Counter(), []
-    for t, y in zip(texts, second): k = content_hash(t, str(y)); out.append(f'{k}-{seen[k]}'); seen[k] += 1
-    return out
+    return list(numbered(content_hash(t, str(y)) for t, y in zip(texts, second)))
 
 def _need(field, columns, how, row=None):
     where, there = f'row {row}: the' if row else 'The', ', '.join(visible(repr(c), 40) for c in columns) or 'none'

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 from ..core import DataError, Sample, SettingError, choose, content_hash, seed_for, visible
-from ..data import Samples, _dump, with_turns
+from ..data import Samples, _dump, numbered, with_turns
 from ..qa import gold_answers
 from .style import archaic
 
@@ -433,11 +433,10 @@ KEPT = 'question', 'answers', 'context'
 
 def _finished(rows, like):
     "Rows as samples with ids of their own and one shape, named as `load_samples` would name them."
-    out, seen = [], {}
-    for i, s in enumerate(rows):
-        key = content_hash(s.messages or s.prompt, s.response); n = seen[key] = seen.get(key, -1)+1
+    out, names = [], numbered(content_hash(s.messages or s.prompt, s.response) for s in rows)
+    for i, (s, name) in enumerate(zip(rows, names)):
         body = dict(messages=list(s.messages)) if s.messages is not None else dict(prompt=s.prompt, response=s.response)
-        out.append(replace(s, id=f'{key}-{n}', row=i, raw=_dump({**body, **{k: v for k, v in s.meta.items() if k in KEPT}})))
+        out.append(replace(s, id=name, row=i, raw=_dump({**body, **{k: v for k, v in s.meta.items() if k in KEPT}})))
     return Samples(out, getattr(like, 'source', 'rows'), getattr(like, 'said', ()))
 
 def _planned(kind, name, registry, uses, settings):

@@ -11,7 +11,7 @@ import math
 import torch
 
 from .text import watched
-from ..capture import evaluating, head_of, stretching
+from ..capture import evaluating, head_of, run_device, stretching
 from ..core import ModelError, SettingError
 from ..data import as_samples
 from ..generate import encode_prompts, prompt_room, stop_tokens
@@ -32,7 +32,7 @@ class Reader:
         same = next((i for i, (a, b) in enumerate(zip(self.ids, ids)) if a != b), min(len(self.ids), len(ids)))
         keep = min(same, len(ids)-n) if self.cache is not None else 0
         if keep and keep < len(self.ids): self.cache.crop(keep-len(self.ids))     # negative: the last ones are forgotten
-        device = self.model.get_input_embeddings().weight.device
+        device = run_device(self.model)
         out = self.model(input_ids=torch.tensor([ids[keep:]], device=device), past_key_values=self.cache if keep else None, use_cache=True)
         self.ids, self.cache = list(ids), _croppable(self.model, getattr(out, 'past_key_values', None))
         return torch.log_softmax(out.logits[0, -n:].double(), -1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .model import need_model
 from .text import Baseline, detector, watched
-from ..capture import Capture, evaluating, head_input, pad_right
+from ..capture import Capture, evaluating, head_input, pad_right, run_device
 from ..core import Cut, DataError, SettingError, optional, seed_for
 from ..data import encode_samples
 from ..sentry import NOT_FINITE
@@ -203,7 +203,7 @@ def last_states(
     progress=False,    # True for a bar, False for silence, or a callable (done, total)
 )->np.ndarray:         # [N, d]
     "What goes into the output projection at the last token of each row: the last layer's state."
-    capture, out, device = Capture(model, budget), [None]*len(encoded), model.get_input_embeddings().weight.device
+    capture, out, device = Capture(model, budget), [None]*len(encoded), run_device(model)
     with evaluating(model):
         for index in watched(capture.plan(np.array([len(e) for e in encoded])), progress, len):
             with head_input(capture.head) as caught: model(input_ids=pad_right([encoded[i].ids for i in index]).to(device), use_cache=False)

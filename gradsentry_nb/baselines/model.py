@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np, torch
 
 from .text import Baseline, detector, watched
-from ..capture import Capture, evaluating, pad_right
+from ..capture import Capture, evaluating, pad_right, run_device
 from ..core import Sample, Scores, SettingError, choose, visible
 from ..data import Samples, as_samples, encode_samples, with_turns
 from ..sentry import NOT_FINITE, Sentry, of_adapter
@@ -161,7 +161,7 @@ def perplexities(
     capture.budget = max(1, min(capture.budget, 2**26//max(1, model.get_input_embeddings().weight.shape[0])))  # logits of a batch: 256 MB
     with evaluating(model):
         for index in capture.plan(np.array([len(r) for r in rows])):
-            ids = pad_right([rows[i] for i in index]).to(model.get_input_embeddings().weight.device)
+            ids = pad_right([rows[i] for i in index]).to(run_device(model))
             z = model(input_ids=ids, use_cache=False).logits
             loss = torch.nn.functional.cross_entropy((z if z.dtype == torch.float64 else z.float())[:, :-1].transpose(1, 2), ids[:, 1:], reduction='none').double()
             for i, l in zip(index, loss): out[i] = math.exp(min(700, l[:len(rows[i])-1].mean().item())) if len(rows[i]) > 1 else np.nan
