@@ -188,7 +188,7 @@ def test_not_utf8(refused, tmp_path, ending, code, packed):
 
 @pytest.mark.parametrize('name,data', [
     ('x.jsonl', ''), ('x.jsonl', '\n \n\t\r\n'), ('x.jsonl', '\ufeff'), ('x.json', '[]'), ('x.json', ''), ('x.json', '\n\n'), ('x.csv', ''), ('x.csv', 'prompt,response\n'),
-    ('x.tsv', '\n'), ('x.jsonl.gz', gzip.compress(b'')), ('x.jsonl.gz', b''), ('x.json.gz', gzip.compress(b'[]'))])
+    ('x.tsv', '\n'), ('x.jsonl.gz', gzip.compress(b'', mtime=0)), ('x.jsonl.gz', b''), ('x.json.gz', gzip.compress(b'[]', mtime=0))])
 def test_no_rows(refused, tmp_path, name, data):
     refused(write(tmp_path/name, data), name, 'no rows')
 
