@@ -418,7 +418,9 @@ def load_classifier(
             model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(names), id2label=dict(enumerate(names)), label2id={c: i for i, c in enumerate(names)},
                                                                        dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True)
         except (OSError, ValueError, KeyError) as e: raise ModelError(f'{visible(str(name))} cannot be made a classifier: {str(e).strip().splitlines()[0]}') from e
-        for n in head_names(model): model.get_submodule(n).apply(model._init_weights)     # also over a head that came along
+        for head in map(model.get_submodule, head_names(model)):                          # a head that came along is drawn anew, too
+            for p in head.parameters(): p._is_hf_initialized = False                      # transformers' mark of values that it is to leave alone
+            head.apply(model._init_weights)
     config = text_config(model)
     if config.pad_token_id is None: config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return model.eval(), tokenizer
