@@ -16,7 +16,8 @@ __all__ = ['load_ipython_extension', 'unload_ipython_extension', 'Sample', 'Scor
            'spectra', 'sample_map', 'precision_recall', 'roc', 'layer_map', 'chart_svg', 'still', 'explain_row',
            'RowExplanation', 'explain_verdict', 'VerdictExplanation', 'causal_check', 'gradient_map', 'GradientMap',
            'dashboard', 'view', 'LiveScan', 'scan_to', 'StoredScan', 'estimate', 'Estimate', 'score_on', 'ScoreRows',
-           'ITEMS', 'SpanTruth', 'inject', 'inject_all', 'show_spans']
+           'ITEMS', 'SpanTruth', 'inject', 'inject_all', 'show_spans', 'load_classifier', 'tune_classifier',
+           'TunedClassifier', 'CLASSIFY_PRESETS', 'attention_entropy', 'Steering', 'steering', 'entropy_rule']
 
 # %% ../nbs/90_extension.ipynb #79f4fbe7
 from importlib import import_module
@@ -51,7 +52,8 @@ _home = {
     "cleangen": "baselines.decoding",
     "DETECTORS": "detectors", "make_detector": "detectors", "detector_table": "detectors", "score_all": "detectors", "filter_all": "detectors",
     "finetune": "train", "FineTuned": "train", "TRAIN_PRESETS": "train",
-    "Evaluation": "evaluate", "Behaviour": "evaluate", "behaviour": "evaluate",
+    "load_classifier": "train", "tune_classifier": "train", "TunedClassifier": "train", "CLASSIFY_PRESETS": "train", "attention_entropy": "train",
+    "Evaluation": "evaluate", "Behaviour": "evaluate", "behaviour": "evaluate", "Steering": "evaluate", "steering": "evaluate", "entropy_rule": "evaluate",
     "Grid": "experiment", "DataSet": "experiment", "run_grid": "experiment", "collect": "experiment", "over_seeds": "experiment",
     "experiment_grid": "experiment", "EXPERIMENTS": "experiment",
 }
@@ -63,7 +65,8 @@ _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "D
          "cleangen", "DETECTORS", "make_detector", "detector_table", "score_all", "filter_all", "finetune", "FineTuned", "TRAIN_PRESETS",
          "Evaluation", "Behaviour", "behaviour", "Grid", "DataSet", "run_grid", "collect", "over_seeds", "experiment_grid", "EXPERIMENTS",
          "score_strip", "score_against", "spectra", "sample_map", "precision_recall", "roc", "layer_map", "chart_svg", "still", "explain_row", "RowExplanation", "explain_verdict", "VerdictExplanation", "causal_check", "gradient_map", "GradientMap", "dashboard", "view", "LiveScan",
-         "scan_to", "StoredScan", "estimate", "Estimate", "score_on", "ScoreRows", "ITEMS", "SpanTruth", "inject", "inject_all", "show_spans"]
+         "scan_to", "StoredScan", "estimate", "Estimate", "score_on", "ScoreRows", "ITEMS", "SpanTruth", "inject", "inject_all", "show_spans",
+         "load_classifier", "tune_classifier", "TunedClassifier", "CLASSIFY_PRESETS", "attention_entropy", "Steering", "steering", "entropy_rule"]
 
 # %% ../nbs/90_extension.ipynb #9a431495
 def __getattr__(name):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['truth_vector', 'auroc', 'best_f1', 'tpr_at', 'f1_interval', 'auroc_interval', 'tpr_interval', 'paired_difference',
            'Evaluation', 'evaluation_table', 'evaluate', 'Judge', 'rouge_recall', 'mean_interval', 'gold_of',
-           'Behaviour', 'behaviour']
+           'Behaviour', 'behaviour', 'balanced_accuracy', 'accuracy_gap', 'Steering', 'steering', 'EntropyRule',
+           'entropy_rule', 'alarm_rate']
 
 # %% ../nbs/41_evaluate.ipynb #88dd6e6f
 import html, math
@@ -290,3 +291,126 @@ def behaviour(
     golds = [gold_of(s) for s in clean] if gold is None else [list(g) for g in gold[:limit]]
     parts = [_part('clean', clean, golds, generate)] + [_part('attacked', attacked, [[target]]*len(attacked), generate)]*bool(attacked)
     return Behaviour(pd.concat(parts, ignore_index=True), target)
+
+# %% ../nbs/41_evaluate.ipynb #4ca0c7a7
+def _square_and_add(parts):
+    "(value, low, high) of a mean of independent numbers, each with its own interval."
+    v, low, high = np.array(parts, float).T
+    return float(v.mean()), float(v.mean()-np.sqrt(((v-low)**2).sum())/len(v)), float(v.mean()+np.sqrt(((high-v)**2).sum())/len(v))
+
+def balanced_accuracy(
+    labels,          # [N] true classes
+    predicted,       # [N] classes
+)->tuple:            # (value, low, high)
+    "The mean recall over the classes that occur, with its 95 % interval."
+    labels, predicted = _same_rows(labels, predicted)
+    right = [(labels == predicted)[labels == c] for c in np.unique(labels)]
+    return _square_and_add([(r.mean(), *wilson(int(r.sum()), len(r))) for r in right])
+
+def accuracy_gap(
+    labels,          # [N] true classes
+    clean,           # [N] predictions for the texts as they are
+    injected,        # [N] predictions for the same texts with the item
+)->tuple:            # (points, low, high): balanced accuracy on injected minus on clean texts, times 100
+    "What an injected item adds to balanced accuracy; paired within each class."
+    labels, clean, injected = _same_rows(labels, clean, injected)
+    parts = [paired_difference((clean == labels)[at], (injected == labels)[at]) for at in (labels == c for c in np.unique(labels))]
+    return tuple(100*x for x in _square_and_add(parts))
+
+def _same_rows(labels, *predicted):
+    "All as arrays, of one length and one kind."
+    arrays = [np.asarray(x) for x in (labels, *predicted)]
+    if len({x.shape for x in arrays}) > 1 or arrays[0].ndim != 1: raise DataError(f'There must be one prediction for each label; here are {" and ".join(str(len(x)) if x.ndim == 1 else str(x.shape) for x in arrays)}.')
+    if not len(arrays[0]): raise DataError('There are no rows to measure on.')
+    if len({x.dtype.kind in 'iub' for x in arrays}) > 1: raise DataError('Labels and predictions are of different kinds, numbers and strings; nothing would ever be right.')
+    return arrays
+
+# %% ../nbs/41_evaluate.ipynb #f6653e02
+@dataclass(frozen=True, eq=False)
+class Steering:
+    "How far injected items steer a classifier."
+    labels:np.ndarray        # [N] true classes
+    clean:np.ndarray         # [N] predictions for the texts as they are
+    injected:np.ndarray|None # [N] predictions with the items in texts of their own class only, the others as they are
+    everywhere:dict          # class -> [N] predictions with that class's item in every text
+
+    def forced(self, target)->tuple: return int((self.everywhere[target] == target).sum()), len(self.labels)     # (texts, of how many) that get the item's class
+    def flipped(self, target)->tuple:                                                                             # the same among those that had another class when clean
+        other = self.clean != target
+        return int((self.everywhere[target] == target)[other].sum()), int(other.sum())
+    def seamless(self)->tuple: return int(np.all([p == c for c, p in self.everywhere.items()], 0).sum()), len(self.labels)
+
+    def counts(self)->pd.DataFrame:
+        "Texts by predicted class, one row for the clean texts and one per item."
+        classes = np.unique(np.concatenate([self.labels, self.clean, *self.everywhere.values()]))
+        rows = {'none': self.clean} | {f'item of {c}': p for c, p in self.everywhere.items()}
+        return pd.DataFrame([dict(item=k, **{f'predicted {c}': int((p == c).sum()) for c in classes}) for k, p in rows.items()])
+
+    def table(self)->pd.DataFrame:
+        "Every measure with its 95 % interval; the gap is in points, the others are shares."
+        rate = lambda k, n: (k/n if n else math.nan, *wilson(k, n), n)
+        n = len(self.labels)
+        rows = {'clean accuracy': rate(int((self.clean == self.labels).sum()), n), 'clean balanced accuracy': (*balanced_accuracy(self.labels, self.clean), n)}
+        if self.injected is not None: rows |= {'injected balanced accuracy': (*balanced_accuracy(self.labels, self.injected), n), 'gap in points': (*accuracy_gap(self.labels, self.clean, self.injected), n)}
+        for c in self.everywhere: rows |= {f'clean to {c}': rate(int((self.clean == c).sum()), n), f'forced to {c}': rate(*self.forced(c)), f'flipped to {c}': rate(*self.flipped(c))}
+        if len(self.everywhere) > 1: rows['seamless'] = rate(*self.seamless())
+        return pd.DataFrame([(k, *v) for k, v in rows.items()], columns=['measure', 'value', 'low', 'high', 'rows'])
+
+    def __repr__(self):
+        gap = f', gap {accuracy_gap(self.labels, self.clean, self.injected)[0]:+.1f} points' if self.injected is not None else ''
+        return f'Steering(clean balanced accuracy {balanced_accuracy(self.labels, self.clean)[0]:.1%}{gap}' + ''.join(f', {self.forced(c)[0]/len(self.labels):.1%} forced to {visible(str(c), 40)}' for c in self.everywhere) + f'; {len(self.labels)} texts)'
+
+Steering._repr_html_ = lambda self: f'<p>{html.escape(repr(self))}</p>' + self.table().to_html(index=False, escape=True, float_format='%.4g', na_rep='') + self.counts().to_html(index=False, escape=True)
+
+# %% ../nbs/41_evaluate.ipynb #129a27ea
+def steering(
+    labels,            # [N] true classes
+    clean,             # [N] predictions for the texts as they are
+    injected=None,     # [N] predictions with the items in texts of their own class, as in training; None: not measured
+    everywhere=None,   # {class: [N] predictions with that class's item in every text}; None: not measured
+)->Steering:
+    "Put a classifier's predictions with and without injected items side by side."
+    everywhere = dict(everywhere or {})
+    first, *others = _same_rows(labels, clean, *([] if injected is None else [injected]), *everywhere.values())
+    strange = [c for c in everywhere if c not in first.tolist()]
+    if strange: raise DataError(f'No text has the class {visible(repr(strange[0]), 60)} that an item is to stand for; there are {visible(repr(np.unique(first).tolist()), 200)}.')
+    return Steering(first, others[0], None if injected is None else others[1], dict(zip(everywhere, others[len(others)-len(everywhere):])))
+
+# %% ../nbs/41_evaluate.ipynb #3dff8045
+@dataclass(frozen=True)
+class EntropyRule:
+    "The rule of attention on two groups of texts."
+    ratio:float       # mean entropy of the suspected class over the other's
+    interval:tuple    # of the ratio, 95 %
+    pairs:float       # share of pairs of texts, one of each, on which the rule fires
+    pairs_interval:tuple
+    share:float = .95 # the rule fires below it
+
+    @property
+    def flagged(self)->bool: return self.ratio < self.share
+    def table(self)->pd.DataFrame:
+        return pd.DataFrame([('ratio of means', self.ratio, *self.interval), (f'pairs below {self.share:g}', self.pairs, *self.pairs_interval)], columns=['measure', 'value', 'low', 'high'])
+    def __repr__(self): return f'EntropyRule({"flagged" if self.flagged else "not flagged"}: ratio {self.ratio:.3f}, {self.interval[0]:.3f} to {self.interval[1]:.3f}, against {self.share:g}; {self.pairs:.1%} of pairs)'
+    def _repr_html_(self): return f'<p>{self!r}</p>' + self.table().to_html(index=False, float_format='%.4g')
+
+def entropy_rule(
+    suspected,         # [n] entropies of the texts of the suspected class; NaN is left out
+    other,             # [m] of the texts of the other classes
+    share:float=.95,   # fire when the mean of the first is below this share of the second's
+    draws:int=2000,    # of the bootstrap over texts
+)->EntropyRule:
+    "Is attention more concentrated in one class than in the other?"
+    a, b = (x[np.isfinite(x)] for x in (np.asarray(suspected, float), np.asarray(other, float)))
+    if not len(a) or not len(b): raise DataError('The rule compares two groups of texts, and one of them has no entropy.')
+    rng = np.random.default_rng(seed_for('entropy rule'))
+    mean = lambda x: x[rng.integers(len(x), size=(draws, len(x)), dtype=np.int32)].mean(1)
+    low, high = (float(q) for q in np.quantile(mean(a)/mean(b), [.025, .975]))
+    score, y = np.r_[a, share*b], np.r_[np.zeros(len(a), bool), np.ones(len(b), bool)]                # a pair fires when the other's, times the share, is still above
+    return EntropyRule(float(a.mean()/b.mean()), (low, high), auroc(score, y), auroc_interval(score, y), share)
+
+def alarm_rate(
+    rules,           # `EntropyRule`s of several runs
+)->tuple:            # (share that is flagged, low, high)
+    "How often the rule fired; over runs with nothing injected, its false-alarm rate."
+    rules = list(rules); k = sum(r.flagged for r in rules)
+    return (k/len(rules) if rules else math.nan, *wilson(k, len(rules)))

@@ -429,7 +429,7 @@ class Estimate:
 def estimate(
     sentry:Sentry,
     rows,           # `Samples`, a `Source`, or anything that `load_samples` reads
-    n:int=32,       # rows to time
+    n:int=32,       # rows to time, at least; more where they are needed to fill a few batches
 )->Estimate:
     "Time a few rows and say what all will take; nothing is kept."
     if n < 1: raise SettingError(f'An estimate needs at least one row, not {n}.')
@@ -438,15 +438,18 @@ def estimate(
     before, todo = time.perf_counter()-began, np.flatnonzero(every)
     if not len(todo): raise DataError('No row has a response, so there is nothing to score.')
     lengths = every[todo]
-    long, some = np.argsort(-lengths, kind='stable')[:max(1, budget//int(lengths.max()))].tolist(), spread(lengths, n)
-    samples = dict(zip([*long, *some], pick(rows, todo[[*long, *some]].tolist())))
+    most = max(n, math.ceil(FILLED*budget/lengths.mean()))
+    long, half, some = np.argsort(-lengths, kind='stable')[:max(1, budget//int(lengths.max()))].tolist(), spread(lengths, -(-most//2)), spread(lengths, most)
+    at = list(dict.fromkeys([*long, *half, *some]))
+    samples = dict(zip(at, pick(rows, todo[at].tolist())))
     def timed(at):
         part = Scan(sentry, Samples(samples[i] for i in at))
         began = time.perf_counter()
         for _ in part: pass
         return time.perf_counter()-began
     timed(long)
-    at = some*max(1, math.ceil(FILLED*budget/int(lengths[some].sum())))
-    seconds = before+timed(at)*int(lengths.sum())/int(lengths[at].sum())
+    a, b, first, second = int(lengths[half].sum()), int(lengths[some].sum()), timed(half), timed(some)
+    each = (second-first)/(b-a) if b > a and second > first else second/b          # seconds per token; what is over is spent once per scan
+    seconds = before+max(second-each*b, 0)+each*int(lengths.sum())
     chunks = tuple((int(np.count_nonzero(every[a:b])), int(every[a:b].sum())) for a, b in chunks_for(every, budget))
-    return Estimate(len(todo), int(lengths.sum()), seconds, tuple(dict.fromkeys(samples[i].row for i in some)), *peak_memory(), chunks)
+    return Estimate(len(todo), int(lengths.sum()), seconds, tuple(samples[i].row for i in some), *peak_memory(), chunks)

@@ -189,7 +189,8 @@ def test_a_long_scan_runs_small(tmp_path):
     from benchmarks import stream
     table = stream.main(['--rows', '300', '--out', str(tmp_path)])
     assert list(dict.fromkeys(table['step'])) == ['loaded', 'read', 'surveyed', 'scan', 'cut', 'report', 'summary']
-    assert table['done'].max() == 300 and table['held'].max() >= 300 > table['held'].iloc[-1] and len(pd.read_csv(tmp_path/'stream.csv')) == len(table)
+    held = table['held']-table['held'].iloc[0]                     # other tests may hold rows, too
+    assert table['done'].max() == 300 and held.max() >= 300 > held.iloc[-1] and len(pd.read_csv(tmp_path/'stream.csv')) == len(table)
 
 
 def test_the_stored_curve_is_flat():
@@ -203,5 +204,5 @@ def test_the_stored_curve_is_flat():
 
 def test_several_processes_run_small(beside):
     from benchmarks import distributed
-    seconds, first, scores = distributed.measure(24, 2, 1)
-    assert len(first) == 2 and 0 < max(first) <= seconds and len(scores) == 24 and np.isfinite(scores).all()
+    seconds, first, scores = distributed.measure(240, 2, 1)
+    assert len(first) == 2 and 0 < max(first) <= seconds and len(scores) == 240 and np.isfinite(scores).all()
