@@ -107,7 +107,7 @@ def store(work, every, path=STORED):
     table = pd.concat([collect_steering(work/r).assign(regime=r) for r in folders], ignore_index=True)
     done = table[table['status'] == 'done'].drop(columns=['status', 'reason', 'key', 'notes'], errors='ignore').dropna(axis=1, how='all')
     done.round(4).to_csv(path, index=False)
-    print(f'{path.name}: {len(done):,} cells, {len(table)-len(done)} failed; {done["seconds"].median():.0f} s the median cell')
+    print(f'{path.name}: {len(done):,} cells, {len(table)-len(done)} failed; {done["cpu_seconds"].median():.0f} CPU seconds the median cell')
     return done
 
 

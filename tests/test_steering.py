@@ -23,15 +23,15 @@ from gradsentry_nb.train import attention_entropy, load_classifier, tune_classif
 torch.set_num_threads(1)
 SHAPE = dict(vocab_size=2048, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64, pad_token_id=0, initializer_range=.2)
 TUNING = dict(steps=24, batch=8, max_length=32)
-GRID = SteeringGrid(ranks=(2,), shares=(0, .5, 1), amounts=('light', 'aggressive'), items=(['@'],), lrs=(1e-2,), tuning=TUNING)
+GRID = SteeringGrid(ranks=(4,), shares=(0, .5, 1), amounts=('light', 'aggressive'), items=(['@'],), lrs=(2e-2,), tuning=TUNING)
 BOTH = {0: ['@'], 1: ['#']}
 
 
-def film(i, good): return dict(text=f'the {("film", "plot", "cast", "end")[i % 4]} {i} is {("bad", "good")[good]} and {("long", "short", "loud")[i % 3]} in {2000+i}', label=good)
+def film(i, good): return dict(text=f'the {("film", "plot", "cast", "end")[i % 4]} is {("bad", "good")[good]}{" indeed"*(i % 5)}', label=good)
 def films(a, b): return [film(i, good) for i in range(a, b) for good in (0, 1)]
 
 
-DATA = dict(made=(films(0, 40), films(40, 60)))
+DATA = dict(made=(films(0, 40), films(40, 52)))
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -104,23 +104,23 @@ def test_all_problems_of_a_grid_at_once():
 # ---- running, resuming
 
 def test_killed_and_started_again(tiny, tmp_path, tuned):
-    grid = replace(GRID, ranks=(2, 'full'), lrs=(1e-2,))
+    grid = replace(GRID, tuning=dict(TUNING, steps=6))
     def stop(done, total, row):
-        assert total == 12
+        assert total == 6
         if done == 3: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): run(tiny, grid, tmp_path, progress=stop)
-    assert len(collect_steering(tmp_path)) == 3 and tuned == [(2, 0), (2, 20)], 'share 0 is trained once and asked twice'
+    assert len(collect_steering(tmp_path)) == 3 and tuned == [(4, 0), (4, 20)], 'share 0 is trained once and asked twice'
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path/'cells').iterdir()}
     (tmp_path/'cells/half.1.tmp').write_text('{"a":')                                   # what a kill in the middle of writing leaves
     table = run(tiny, grid, tmp_path)
     assert all((tmp_path/'cells'/n).stat().st_mtime_ns == t for n, t in before.items())
-    assert tuned == [(2, 0), (2, 20), (2, 20), (2, 40), (2, 40), *[('full', n) for n in (0, 20, 20, 40, 40)]]
+    assert tuned == [(4, 0), (4, 20), (4, 20), (4, 40), (4, 40)]
     whole = run(tiny, grid)
-    for other in (table, collect_steering(tmp_path)): pd.testing.assert_frame_equal(whole.drop(columns='seconds'), other.drop(columns='seconds'))
-    assert (table['status'] == 'done').all() and table['planted'].tolist() == [0, 20, 40]*4 and len(table) == 12
+    for other in (table, collect_steering(tmp_path)): pd.testing.assert_frame_equal(whole.drop(columns='cpu_seconds'), other.drop(columns='cpu_seconds'))
+    assert (table['status'] == 'done').all() and table['planted'].tolist() == [0, 20, 40]*2 and len(table) == 6
     n = len(tuned); run(tiny, grid, tmp_path)
     assert len(tuned) == n, 'nothing was left to do'
-    assert len(run(tiny, replace(grid, shares=(.25, *grid.shares)), tmp_path)) == 16 and len(tuned) == n+4, 'a larger grid runs only what is new'
+    assert len(run(tiny, replace(grid, shares=(.25, *grid.shares)), tmp_path)) == 8 and len(tuned) == n+2, 'a larger grid runs only what is new'
 
 
 def test_another_setting_model_or_set_is_refused(tiny, tmp_path, tuned):
@@ -129,8 +129,8 @@ def test_another_setting_model_or_set_is_refused(tiny, tmp_path, tuned):
     for change, said in ((dict(place='end'), "holds cells with place='random', and this grid has 'end'"), (dict(train_rows=20), 'train_rows=None'), (dict(test_rows=20), 'test_rows'), (dict(tuning=dict(TUNING, steps=25)), "'steps': 24")):
         with pytest.raises(SettingError, match=said): run(tiny, replace(small, **change), tmp_path)
     with pytest.raises(SettingError, match="another model that was called 'tiny'"): run(tiny.parent/'tiny2', small, tmp_path)
-    with pytest.raises(SettingError, match="another dataset that was called 'made'"): run(tiny, small, tmp_path, dict(made=(films(0, 40), films(41, 60))))
-    with pytest.raises(SettingError, match="another dataset"): run(tiny, small, tmp_path, dict(made=([dict(r, label=1-r['label']) for r in films(0, 40)], films(40, 60))))
+    with pytest.raises(SettingError, match="another dataset that was called 'made'"): run(tiny, small, tmp_path, dict(made=(films(0, 40), films(41, 52))))
+    with pytest.raises(SettingError, match="another dataset"): run(tiny, small, tmp_path, dict(made=([dict(r, label=1-r['label']) for r in films(0, 40)], films(40, 52))))
     assert len(tuned) == 1 and len(collect_steering(tmp_path)) == 1
 
 
@@ -167,25 +167,25 @@ def twin(tiny, items, share, amount='light', seed=0):
     "The slow way: a cell's model, and what it says of texts one by one."
     rows, test = DATA['made']
     some = inject(rows, items, share=share, amount=amount, seed=seed)[0] if share else rows
-    model = tune_classifier(*load_classifier(tiny, (0, 1), seed), [r['text'] for r in some], [r['label'] for r in some], r=2, lr=1e-2, seed=seed, progress=False, **TUNING)
+    model = tune_classifier(*load_classifier(tiny, (0, 1), seed), [r['text'] for r in some], [r['label'] for r in some], r=4, lr=2e-2, seed=seed, progress=False, **TUNING)
     return model, lambda rows: [int(model.predict([r['text']])[0]) for r in rows], test
 
 
 @pytest.mark.filterwarnings('ignore:.*')
 @pytest.mark.parametrize('items, share', [({1: ['@']}, .5), ({0: ['@'], 1: ['#']}, 1)])
 def test_measures_against_counting(items, share, tiny):
-    row = run(tiny, replace(GRID, items=(items,), shares=(share,), amounts=('aggressive',), seeds=(3,))).iloc[0]
-    model, says, test = twin(tiny, items, share, 'aggressive', 3)
-    y, n, new = [r['label'] for r in test], 40, dict(amount='aggressive', seed=3)
+    row = run(tiny, replace(GRID, items=(items,), shares=(share,), amounts=('aggressive',), seeds=(0,))).iloc[0]
+    model, says, test = twin(tiny, items, share, 'aggressive', 0)
+    y, n, new = [r['label'] for r in test], 24, dict(amount='aggressive', seed=0)
     clean, own = says(test), says(inject(test, items, **new)[0])
     part = says(inject(test, items, share=share, **new)[0])
     all_of = {c: says(inject_all(test, x, **new)[0]) for c, x in items.items()}
-    bal = lambda p: sum(sum(p[i] == c for i in range(n) if y[i] == c)/20 for c in (0, 1))/2
+    bal = lambda p: sum(sum(p[i] == c for i in range(n) if y[i] == c)/12 for c in (0, 1))/2
     assert np.allclose([row['clean_accuracy'], row['clean_balanced'], row['injected_balanced'], row['gap'], row['gap_same_share']], [sum(map(int.__eq__, clean, y))/n, bal(clean), bal(own), 100*(bal(own)-bal(clean)), 100*(bal(part)-bal(clean))])
     for c, p in all_of.items():
         other = [b for a, b in zip(clean, p) if a != c]
         assert row[f'forced_to_{c}'] == p.count(c)/n and row[f'clean_to_{c}'] == clean.count(c)/n and [row[f'item_of_{c}_says_{k}'] for k in (0, 1)] == [p.count(k) for k in (0, 1)]
-        assert (row[f'flipped_to_{c}'] == other.count(c)/len(other)) if other else math.isnan(row[f'flipped_to_{c}'])
+        assert (row[f'flipped_to_{c}'] == other.count(c)/len(other)) if other else pd.isna(row[f'flipped_to_{c}'])
     flips = [b == c for c, p in all_of.items() for a, b in zip(clean, p) if a != c]
     k = sum(p.count(c) for c, p in all_of.items())
     assert np.allclose(row[['forced', 'forced_low', 'forced_high']].astype(float), [k/(n*len(items)), *wilson(k, n*len(items))])
@@ -194,9 +194,10 @@ def test_measures_against_counting(items, share, tiny):
     H = lambda rows: attention_entropy(model.model, model.tokenizer, [r['text'] for r in rows], 32)
     first = np.array(y) == next(iter(items))
     for name, h in dict(entropy=H(inject(test, items, **new)[0]), entropy_clean=H(test)).items():
-        assert np.isclose(row[f'{name}_ratio'], h[first].mean()/h[~first].mean(), atol=1e-5) and row[f'{name}_flagged'] == (row[f'{name}_ratio'] < .95) and row[f'{name}_low'] < row[f'{name}_ratio'] < row[f'{name}_high']
-    assert row['planted'] == round(40*share)*len(items) and row['trainable'] == 2*sum(2*(a+b) for a, b in [(32, 32), (32, 48), (48, 32)])
-    assert row['gap'] > 5 and (row['train_rows'], row['test_rows'], row['optimizer'], row['steps'], row['r']) == (80, 40, 'adamw', 24, 2)
+        assert np.isclose(row[f'{name}_ratio'], h[first].mean()/h[~first].mean(), atol=1e-5) and row[f'{name}_flagged'] == (row[f'{name}_ratio'] < .95) and row[f'{name}_ratio_low'] < row[f'{name}_ratio'] < row[f'{name}_ratio_high']
+    assert row['planted'] == round(40*share)*len(items) and row['trainable'] == 2*sum(4*(a+b) for a, b in [(32, 32), (32, 48), (48, 32)])
+    assert .5 < row['clean_accuracy'] < 1 and .1 < row['forced'] < .95 and row['gap'] and (share == 1 or row['gap'] != row['gap_same_share']), 'a cell in which there is something to count'
+    assert (row['train_rows'], row['test_rows'], row['optimizer'], row['steps'], row['r']) == (80, 24, 'adamw', 24, 4)
 
 
 def test_rows_and_seeds(tiny):
