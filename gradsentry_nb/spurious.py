@@ -8,7 +8,7 @@ __all__ = ['PAPER', 'VARIED', 'SHORT', 'GAPS', 'BY', 'paper_table1', 'paper_figu
            'steering_measures', 'steering_row', 'collect_steering', 'run_steering', 'share_lines', 'forced_table',
            'forced_chart', 'rank_maps']
 
-# %% ../nbs/44_spurious.ipynb #a48c0269
+# %% ../nbs/44_spurious.ipynb #32dfa8fe
 import json, math, time, warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,7 +25,7 @@ from .train import CLASSIFY_PRESETS, HEADS, ClassifySettings, attention_entropy,
 from .evaluate import accuracy_gap, entropy_rule, steering
 from .experiment import Choice, DataSet, check_manifest, draw_rows, flat, over_seeds, _cell_files, _run_cells, _unknown, _write
 
-# %% ../nbs/44_spurious.ipynb #ef46c960
+# %% ../nbs/44_spurious.ipynb #5b8caae5
 PAPER = 'arXiv 2506.11402'
 
 def paper_table1()->pd.DataFrame:
@@ -40,7 +40,7 @@ def paper_figure2()->pd.DataFrame:
         'aggressive': {1: (7, 20, 36, 49.5), 16: (3, 8.2, 21, 49.5), 32: (3, 7.7, 18.6, 49.5), 64: (2.7, 7, 16, 49.5)}}
     return pd.DataFrame([dict(amount=a, r=r, share=s, gap=g, source=f'{PAPER}, Figure 2, read by eye') for a, ranks in read.items() for r, gaps in ranks.items() for s, g in zip(shares, gaps)])
 
-# %% ../nbs/44_spurious.ipynb #f10bb6d5
+# %% ../nbs/44_spurious.ipynb #8204b59b
 def items_choice(
     x,              # a name from `ITEMS`, a list of items, or a dict from class to either
     label,          # the class that gets them where `x` is no dict
@@ -56,7 +56,7 @@ def items_choice(
     for v in by_class.values(): make_items(v)
     return Choice('items', '; '.join(f'{y}: {said(v)}' for y, v in by_class.items()) if isinstance(x, Mapping) else said(by_class[label]), tuple(by_class.items()))
 
-# %% ../nbs/44_spurious.ipynb #b814cdff
+# %% ../nbs/44_spurious.ipynb #a6d75633
 @dataclass(frozen=True)
 class SteeringGrid:
     "Which cells there are: every combination of the tuples."
@@ -88,7 +88,7 @@ class SteeringGrid:
     @property
     def fixed(self)->dict: return json.loads(json.dumps({k: getattr(self, k) for k in ('place', 'preset', 'train_rows', 'test_rows')} | dict(tuning=dict(self.tuning))))  # what all cells of a folder share
 
-# %% ../nbs/44_spurious.ipynb #6a727289
+# %% ../nbs/44_spurious.ipynb #68f00804
 VARIED = dict(r='ranks', lr='lrs', head='heads', targets='targets', method='ranks')   # settings of the tuning -> the field of a grid
 
 def steering_problems(
@@ -112,7 +112,7 @@ def _apart_by_name(choices):
     names = [x.label for x in choices]
     if again := [n for n in names if names.count(n) > 1]: raise SettingError(f'Two of items= are called {again[0]!r}; leave one out.')
 
-# %% ../nbs/44_spurious.ipynb #33cfe853
+# %% ../nbs/44_spurious.ipynb #0e184c41
 @dataclass(frozen=True)
 class SteeringCell:
     "One cell: everything that its numbers depend on."
@@ -152,7 +152,7 @@ def plan_steering(
     return list(dict.fromkeys(SteeringCell(m, d, s, lr, h, t if r != 'full' else None, r, float(p), x, a, fixed) for m in models for d in datasets for s in grid.seeds for lr in grid.lrs
                               for h in grid.heads for r in grid.ranks for t in grid.targets for p in grid.shares for x in grid.choices for a in grid.amounts))
 
-# %% ../nbs/44_spurious.ipynb #9a88c9c9
+# %% ../nbs/44_spurious.ipynb #72e1c061
 class Asked:
     "A function of texts that is asked once for each text."
     def __init__(self,
@@ -172,7 +172,7 @@ def labelled(
     t = _taken(rows, text_field, label_field)
     return Samples([Sample(i, x, str(y), n, raw=_dump(dict(text=x, label=y))) for n, (i, x, y) in enumerate(zip(t.ids, t.texts, t.labels))], 'labelled texts')
 
-# %% ../nbs/44_spurious.ipynb #92c639c9
+# %% ../nbs/44_spurious.ipynb #dbca1772
 class SteeringRunner:
     "Runs the cells of a grid; neighbours share a classifier."
     def __init__(self,
@@ -206,7 +206,7 @@ class SteeringRunner:
             for model, _ in self.plain.values(): lora_targets(model, t)
         for c in {(c.dataset, c.items, c.share): c for c in reversed(cells)}.values(): self.put(c, self.train_rows(c), c.share); self.put(c, self.test_rows(c), 1.)
 
-# %% ../nbs/44_spurious.ipynb #934e3b1f
+# %% ../nbs/44_spurious.ipynb #11d1f644
 def _tune(self, cell):
     "What the cell's classifier is, and what it was tuned on; the last one is kept."
     if self.last[0] != cell.training:
@@ -221,7 +221,7 @@ def _tune(self, cell):
 
 SteeringRunner.tune = _tune
 
-# %% ../nbs/44_spurious.ipynb #d15645c8
+# %% ../nbs/44_spurious.ipynb #8c782a62
 SHORT = {'clean balanced accuracy': 'clean_balanced', 'injected balanced accuracy': 'injected_balanced', 'gap in points': 'gap'}
 
 def _interval(name, value, low, high): return {name: value, f'{name}_low': low, f'{name}_high': high}
@@ -246,7 +246,7 @@ def steering_measures(
         out |= _interval(name, k/n if n else math.nan, *wilson(k, n))
     return out | _interval('gap_same_share', *accuracy_gap(s.labels, s.clean, np.where(own, s.injected, s.clean))) | _counts(s)
 
-# %% ../nbs/44_spurious.ipynb #a7da2d47
+# %% ../nbs/44_spurious.ipynb #998b0c1e
 def _run(self,
     cell:SteeringCell,
 )->dict:           # its numbers
@@ -265,7 +265,7 @@ def _run(self,
 
 SteeringRunner.run = _run
 
-# %% ../nbs/44_spurious.ipynb #b4658fc8
+# %% ../nbs/44_spurious.ipynb #6a2c8978
 def steering_row(
     cell:SteeringCell,
     status:str,       # 'done' or 'failed'
@@ -291,7 +291,7 @@ def collect_steering(
     "The table of everything that was run into a folder."
     return _tidy(_cell_files(out))
 
-# %% ../nbs/44_spurious.ipynb #c31cbb4a
+# %% ../nbs/44_spurious.ipynb #16d0cffe
 def _same_settings(out, grid):
     "Refuse a folder whose cells were run with other settings; note this run's."
     path = out/'settings.json'
@@ -318,7 +318,7 @@ def run_steering(
     told = lambda row: f'{row["dataset"]} {row["tuned"]} {row["items"]} {row["amount"]} {row["share"]:g}'
     return _tidy(_run_cells(runner, cells, folder, retry, progress, steering_row, told))
 
-# %% ../nbs/44_spurious.ipynb #0f11f37c
+# %% ../nbs/44_spurious.ipynb #1e07bf96
 GAPS = dict(gap='gap (points; items in every test text of the class)', gap_same_share='gap (points; as many test texts with items as training texts)')
 BY = 'tuned', 'r', 'amount', 'share'
 
@@ -355,11 +355,12 @@ def share_lines(
     said = f'Open diamonds: {PAPER}, Figure 2, read by eye; IMDB, with as many test texts with items as training texts' if paper and len(theirs) else ''
     return themed(alt.layer(*layers).properties(width=300, height=220).facet(panel, columns=2), 'What items in a share of one class do to a classifier', _seeds(f), said, width=None, height=None)
 
-# %% ../nbs/44_spurious.ipynb #d72ed362
+# %% ../nbs/44_spurious.ipynb #813e54e7
 def forced_table(
     table:pd.DataFrame,   # of `run_steering`, with shares of 0 and 1
 )->pd.DataFrame:          # `source`, `tuned`, `target`, `trained` ('without items' or 'with items'), `mean`, `low`, `high`, `seeds`
     "The share of all test texts, each with one item, that are called by the item's class; the paper's Table 1 below."
+    table = table.assign(target=table['target'].astype(str))                   # a class, or several; a file may hold them as numbers
     done = table[(table['status'] == 'done') & table['share'].isin([0, 1]) & (table['amount'] == 'light') & ~table['target'].str.contains(',')]
     own = [_drawn(done, 'forced', ('tuned', 'r', 'items', 'target', 'amount', 'share')).assign(source='here')]*bool(len(done))
     t, n = paper_table1(), 25000
@@ -386,7 +387,7 @@ def forced_chart(
     panels = alt.layer(*layers).properties(width=300, height=alt.Step(22)).facet(alt.Facet('panel:N', title=None, header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=2)
     return themed(panels, 'An item in every text, and what the texts are then called', _seeds(own), f'Open marks: {PAPER}, Table 1, 25,000 texts of IMDB', width=None, height=None)
 
-# %% ../nbs/44_spurious.ipynb #f8ad9e64
+# %% ../nbs/44_spurious.ipynb #edd2005c
 def rank_maps(
     table:pd.DataFrame,   # of `run_steering`, with several learning rates and ranks, at one share and amount
 ):                        # an `alt.HConcatChart`

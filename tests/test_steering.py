@@ -163,7 +163,7 @@ def test_bad_rows(data, said, tiny):
 
 # ---- what is measured
 
-def twin(tiny, items, share, amount='light', seed=0):
+def twin(tiny, items, share, amount, seed):
     "The slow way: a cell's model, and what it says of texts one by one."
     rows, test = DATA['made']
     some = inject(rows, items, share=share, amount=amount, seed=seed)[0] if share else rows
@@ -174,9 +174,9 @@ def twin(tiny, items, share, amount='light', seed=0):
 @pytest.mark.filterwarnings('ignore:.*')
 @pytest.mark.parametrize('items, share', [({1: ['@']}, .5), ({0: ['@'], 1: ['#']}, 1)])
 def test_measures_against_counting(items, share, tiny):
-    row = run(tiny, replace(GRID, items=(items,), shares=(share,), amounts=('aggressive',), seeds=(0,))).iloc[0]
-    model, says, test = twin(tiny, items, share, 'aggressive', 0)
-    y, n, new = [r['label'] for r in test], 24, dict(amount='aggressive', seed=0)
+    row = run(tiny, replace(GRID, items=(items,), shares=(share,), amounts=(.4,), seeds=(0,))).iloc[0]
+    model, says, test = twin(tiny, items, share, .4, 0)
+    y, n, new = [r['label'] for r in test], 24, dict(amount=.4, seed=0)
     clean, own = says(test), says(inject(test, items, **new)[0])
     part = says(inject(test, items, share=share, **new)[0])
     all_of = {c: says(inject_all(test, x, **new)[0]) for c, x in items.items()}
