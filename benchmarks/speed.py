@@ -154,11 +154,12 @@ def speed(n, rounds, tokens=2**18):
     rows = encode_samples(load_samples(MIX, limit=n), tokenizer)
     for f in METHODS.values(): f(model, rows[:64])  # warm up
     mix = side_by_side(model, 'published WebQA mix', {m: (f, None) for m, f in METHODS.items()}, [rows[r::rounds] for r in range(rounds)])
-    mix.loc[mix['method'] == OURS, ['transformer', 'head', 'spectrum', 'rest']] = [[round(x, 3) for x in shares(model, rows).values()]]
-    made = []
+    parts = lambda t, rows: t.assign(**{k: np.where(t['method'] == OURS, round(v, 3), np.nan) for k, v in shares(model, rows).items()})
+    mix, made = parts(mix, rows), []
     for name, (part, longest) in sets(rows, tokens).items():
         plain = partial(plain_forward, batch=max(1, 2304//longest))  # as many tokens in a batch as on the mix
-        made.append(side_by_side(model, name, {PUBLISHED: (published_entropy, max(4, len(part)//16)), PLAIN: (plain, None), OURS: (METHODS[OURS], None)}, [part]*rounds))
+        table = side_by_side(model, name, {PUBLISHED: (published_entropy, max(4, len(part)//16)), PLAIN: (plain, None), OURS: (METHODS[OURS], None)}, [part]*rounds)
+        made.append(parts(table, part[:max(4, len(part)//4)]))
     return pd.concat([mix, *made], ignore_index=True)
 
 

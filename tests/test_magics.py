@@ -466,7 +466,7 @@ def test_attack_refusals(shell):
         assert word in refused(shell, 'gs_attack', line)
 
 
-@pytest.mark.parametrize('text', ['x', '<img src=x onerror=alert(1)>', '\x1b[31m\u202e\u200b', 'שלום 😀 [a](javascript:alert(1)) '])
+@pytest.mark.parametrize('text', ['x', '<img src=x onerror=alert(1)> \x1b[31m\u202e\u200b שלום 😀 [a](javascript:alert(1)) '])
 def test_rows_of_a_megabyte_stay_short(ready, text, capsys):
     big = text*(1_000_000//len(text))
     ready.user_ns['large'] = [dict(prompt=big, response='here'), dict(prompt='Where?', response=big), *ROWS]
