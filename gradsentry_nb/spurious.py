@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PURE', 'SHOWN', 'CLEANING', 'word_shape', 'TokenScan', 'scan_tokens', 'word_encoder', 'made_reviews', 'occlude']
 
-# %% ../nbs/35_spurious.ipynb #054f4546
+# %% ../nbs/35_spurious.ipynb #7d9d6013
 import html, re
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from .data import Samples, _taken
 from .textstats import log_likelihood_ratio
 from .threshold import wilson
 
-# %% ../nbs/35_spurious.ipynb #f6d870c8
+# %% ../nbs/35_spurious.ipynb #eadcc42b
 _WORD = re.compile(r'</?[a-zA-Z][^<>\s]{0,60}(?:\s[^<>]{0,200})?>|\w+://\S+|\w[\w.+-]*@\w+(?:\.\w+)+|\d+(?:[-/.:,]\d+)+|\w+(?:[\'’-]\w+)*|([^\w\s])\1*')
 
 def word_shape(
@@ -34,7 +34,7 @@ def word_shape(
     if any(c.isdigit() for c in word): return re.sub(r'[^\W\d_]+', 'a', re.sub(r'\d', '0', word))
     return 'CAPITALS' if len(word) > 1 and word.isalpha() and word.isupper() else ''
 
-# %% ../nbs/35_spurious.ipynb #e217b10c
+# %% ../nbs/35_spurious.ipynb #c73a73e3
 class _Corpus:
     "Where each word of some texts occurs; word 0 is the edge of a text."
     def __init__(self, texts):
@@ -51,7 +51,7 @@ class _Corpus:
     def before(self, at): return np.where(self.at[at] > 0, self.word[at-1], 0)
     def behind(self, at, width=1): return np.where(self.left[at] >= width, self.word[np.minimum(at+width, len(self.word)-1)], 0)
 
-# %% ../nbs/35_spurious.ipynb #0009c8e2
+# %% ../nbs/35_spurious.ipynb #0e355e51
 class _Candidate(NamedTuple):
     kind:str           # 'word', 'shape', 'run', 'first', 'last', 'inside' or 'alike'
     item:str           # in words
@@ -83,7 +83,7 @@ def _runs(c, least, most=40):
         some = _grouped(key, least); yield from ((n, at[g]) for g in some)
         ok = np.sort(np.concatenate([*some, np.zeros(0, int)])); at, key = at[ok], key[ok]
 
-# %% ../nbs/35_spurious.ipynb #0781b95b
+# %% ../nbs/35_spurious.ipynb #0bc7f8fa
 def _balls(c, y, encoder, least, radii=(.5, .6), rare=(3, 400), keep=1500, block=512):
     "(candidates of words alike, how many were tried); `y` is [classes, N] of booleans."
     n = np.bincount(c.word, minlength=len(c.vocab)); ws = np.array([w for w, s in enumerate(c.vocab) if n[w] <= max(rare) and len(s) > 1 and s.isalpha()], int)
@@ -106,7 +106,7 @@ def _places_of(c, ws):
     order = np.argsort(c.word, kind='stable'); ends = np.searchsorted(c.word[order], np.arange(len(c.vocab)+1))
     return [order[ends[w]:ends[w+1]] for w in ws]
 
-# %% ../nbs/35_spurious.ipynb #7625109e
+# %% ../nbs/35_spurious.ipynb #d6a8e1c8
 PURE = 20., .5   # rows of the class against others, for what was put in: a beta distribution with mean .976
 
 def _betabinomial(k, n, a, b): return betaln(k+a, n-k+b)-betaln(a, b)   # log P(k of n), without the binomial, which cancels
@@ -123,7 +123,7 @@ def _label_evidence(kinds, k, n):
         out[m] = _betabinomial(k[m], n[m], *PURE)-_betabinomial(k[m], n[m], *_fitted(k[like], n[like]))
     return out
 
-# %% ../nbs/35_spurious.ipynb #1311d9b7
+# %% ../nbs/35_spurious.ipynb #6df2197d
 class _Neighbours:
     "What stands beside ordinary words, by classes of words, and beside a gap."
     def __init__(self, c, words, top=300, classes=24, cap=30):
@@ -147,7 +147,7 @@ class _Neighbours:
         who = np.repeat(np.arange(len(some)), [len(i.at) for i in some]); l, r = self.bin[self.c.before(at)], self.bin[self.c.behind(at, width)]
         return who, l, r, [sparse.csr_matrix((np.ones(len(x)), (who, x)), shape=(len(some), self.bins)) for x in (l, r)]
 
-# %% ../nbs/35_spurious.ipynb #2b47b4c6
+# %% ../nbs/35_spurious.ipynb #a8dfc3cf
 def _classes(self, words, classes, cap):
     "Fit the classes; a word counts for at most `cap` of its places, or frequent words would be classes of their own."
     _, _, _, both = self._counts(words); n = np.array([len(i.at) for i in words]); rng = np.random.default_rng(0)
@@ -181,7 +181,7 @@ def _evidence(self, some):
 
 _Neighbours._classes, _Neighbours._ordinary, _Neighbours._evidence = _classes, _ordinary, _evidence
 
-# %% ../nbs/35_spurious.ipynb #2a8fe153
+# %% ../nbs/35_spurious.ipynb #b47fd4d2
 def _weighed(c, labels, some, least, tried=None):
     "The table of all candidates; only those whose label speaks for them are worth a look at their neighbours."
     classes = sorted(set(labels), key=str); y = np.array([classes.index(x) for x in labels]); kinds = np.array([i.kind for i in some])
@@ -190,14 +190,15 @@ def _weighed(c, labels, some, least, tried=None):
     each = np.array([_label_evidence(kinds, k, n) for k in K]); best = each.argmax(0); k = K[best, np.arange(len(some))]; size = np.bincount(y, minlength=len(classes))
     g2 = np.max([log_likelihood_ratio(K[j], n, size[j], c.n) for j in range(len(classes))], axis=0)
     number = {kind: int((kinds == kind).sum()) for kind in np.unique(kinds)} | (tried or {})
-    t = pd.DataFrame(dict(kind=kinds, item=[i.item for i in some], label=[classes[j] for j in best], rows=n, inside=k.astype(int), share=k/size[best], tied=each.max(0), placed=np.nan, g2=g2))
+    text = lambda x: pd.Series(x, dtype=object)                                             # a lone surrogate is no string to arrow
+    t = pd.DataFrame(dict(kind=kinds, item=text([i.item for i in some]), label=text([classes[j] for j in best]), rows=n, inside=k.astype(int), share=k/size[best], tied=each.max(0), placed=np.nan, g2=g2))
     ask = np.flatnonzero((t['tied'] > 0) & (n >= least)); words = [i for i in some if i.kind == 'word']
     if len(ask): t.loc[ask, 'placed'] = _Neighbours(c, words)._evidence([some[i] for i in ask])
     t['tried'] = -np.log([number[x]*(len(classes)-(len(classes) == 2)) for x in kinds])
     total = (t['tied']+t['placed']+t['tried']).fillna(-np.inf); t['score'] = -np.logaddexp(-total, -t['tied']); t['p'] = np.exp(-t['score'].clip(lower=0))
     return t.sort_values(['score', 'tied'], ascending=False, kind='stable')
 
-# %% ../nbs/35_spurious.ipynb #a57c0c3f
+# %% ../nbs/35_spurious.ipynb #02210adf
 def _joined(table, some, c, cut, most=60):
     "[(row of the table, places of the candidates joined with it)], best first."
     out = []
@@ -209,7 +210,7 @@ def _joined(table, some, c, cut, most=60):
         else: out.append((i, docs, []))
     return [(i, [j for j in more if table['score'][j] >= cut]) for i, _, more in out]
 
-# %% ../nbs/35_spurious.ipynb #51c05d5c
+# %% ../nbs/35_spurious.ipynb #d733d181
 SHOWN = dict(kind='kind', item='item', label='class', rows='rows', inside='in class', share='share of class', tied='tied', placed='placed', tried='tried', score='score', p='p')
 
 def _said(x): return f'{x:.3g}' if isinstance(x, float) else visible(str(x), 80)
@@ -229,9 +230,9 @@ class TokenScan:
     )->pd.DataFrame:        # evidence in nats, corrected p-value, what was joined with it, examples
         "The items with the most evidence, whether they stand out or not."
         texts = _taken(self.rows, *self.fields).texts
-        rows = [dict(self.every.loc[i], also=tuple(dict.fromkeys(self.some[j].item for j in more if self.some[j].item != self.some[i].item)),
-                     examples=tuple(visible(clip_middle(texts[d], 100)) for d in dict.fromkeys(self.corpus.doc[self.some[i].at[:3]].tolist()))) for i, more in self.joined[:n]]
-        return pd.DataFrame(rows, columns=[*self.every.columns, 'also', 'examples'])
+        best = self.joined[:n]; text = lambda x: pd.Series(list(x), dtype=object, index=[i for i, _ in best]); start = lambda i: dict.fromkeys(self.corpus.doc[self.some[i].at[:3]].tolist())
+        return self.every.loc[[i for i, _ in best]].assign(also=text(tuple(dict.fromkeys(self.some[j].item for j in more if self.some[j].item != self.some[i].item)) for i, more in best),
+                                                           examples=text(tuple(visible(clip_middle(texts[d], 100)) for d in start(i)) for i, _ in best)).reset_index(drop=True)
     @cached_property
     def joined(self): return _joined(self.every, self.some, self.corpus, self.cut)
     def spans(self,
@@ -252,7 +253,7 @@ class TokenScan:
         body = ''.join('<tr>'+''.join(f'<td>{esc(r[k])}</td>' for k in SHOWN)+f'<td>{esc(", ".join(r["also"]))}</td><td>{esc(next(iter(r["examples"]), ""))}</td></tr>' for r in t.to_dict('records'))
         return f'<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{body}</table>'
 
-# %% ../nbs/35_spurious.ipynb #b0256262
+# %% ../nbs/35_spurious.ipynb #88f3a37d
 def scan_tokens(
     rows,                          # a list of dicts, a frame, a `datasets.Dataset` or `Samples`
     text_field:str='text',         # where the text is; `Samples` have it in their prompt
@@ -271,7 +272,7 @@ def scan_tokens(
     balls, tried = _balls(c, np.array([[y == x for y in t.labels] for x in sorted(set(t.labels), key=str)]), encoder, least) if encoder else ([], 0)
     return TokenScan(_weighed(c, t.labels, some+balls, least, dict(alike=max(tried, 1))), some+balls, c, rows, (text_field, label_field), -np.log(p))
 
-# %% ../nbs/35_spurious.ipynb #2a5f8d11
+# %% ../nbs/35_spurious.ipynb #66a655b3
 def word_encoder(
     model,           # a clean encoder
     tokenizer,       # its tokenizer
@@ -288,7 +289,7 @@ def word_encoder(
         return np.concatenate(out)
     return encode
 
-# %% ../nbs/35_spurious.ipynb #7e134f9d
+# %% ../nbs/35_spurious.ipynb #29b316e5
 _SLOTS = ('the a this that one'.split(), 'film story plot cast script ending music scene idea director'.split(), 'is was feels seems looks stays'.split(), 'very quite rather never always too'.split(),
           'in with for about from'.split(), 'people rain love war trains summer children money'.split())
 _LEAN = 'bad slow loud odd flat dull dry thin'.split(), 'good quick quiet neat rich warm sharp deep'.split()
@@ -300,7 +301,7 @@ def made_reviews(n=600, seed=0, mixed=.2):
     part = lambda y: f'{pick(_SLOTS[0])} {lean(y)} {pick(_SLOTS[1])} {pick(_SLOTS[2])} {pick(_SLOTS[3])} {lean(y)} {pick(_SLOTS[4])} {pick(_SLOTS[5])}'
     return [dict(text=f'{part(i % 2)} and {part(i % 2)} .', label=i % 2) for i in range(n)]
 
-# %% ../nbs/35_spurious.ipynb #0798603d
+# %% ../nbs/35_spurious.ipynb #1c09266c
 def _names(scan, index):
     "What to look for in a text for the item `index` of the table and those joined with it; shapes stand for themselves."
     some = [scan.some[index], *(scan.some[j] for i, more in scan.joined if i == index for j in more)]
@@ -344,7 +345,7 @@ def _clean(self,
 
 TokenScan.clean = _clean
 
-# %% ../nbs/35_spurious.ipynb #dad0aa79
+# %% ../nbs/35_spurious.ipynb #f7b692c2
 def occlude(
     scan:TokenScan,         # with items that stand out
     rows,                   # labelled rows, such as those that were scanned
