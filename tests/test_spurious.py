@@ -5,7 +5,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import within
+from conftest import ROOT, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import betabinom
@@ -194,6 +194,7 @@ def test_a_model_that_learnt_the_item_and_one_that_did_not(scan):
     learnt, deaf, half = (occlude(scan, rows, f, most=50).iloc[0] for f in (lambda ts: [int(has(t)) for t in ts], lambda ts: np.zeros(len(ts), int), lambda ts: [int(has(t) and i % 2) for i, t in enumerate(ts)]))
     assert (learnt['held'], learnt['out'], learnt['other'], learnt['put_in']) == (n, 1, 50, 1) and learnt['out_low'] > .75 and learnt['put_in_low'] == pytest.approx(.929, abs=.001)  # Wilson, 50 of 50
     assert (deaf['out'], deaf['put_in']) == (0, 0) and half['put_in'] == .5
+    assert occlude(scan, rows, lambda ts: np.ones(len(ts), int)).iloc[0]['put_in'] == 0                    # said so before
     with pytest.raises(DataError, match='predict gave 1 classes for'): occlude(scan, rows, lambda ts: [0])
 
 
@@ -201,3 +202,16 @@ def test_nothing_found_nothing_asked(): assert not len(occlude(scan_tokens(REVIE
 
 
 def test_shapes(): assert [word_shape(w) for w in ('1999-01-02', 'x1y22', 'NASA', 'A', 'Nasa', '<i>', '<', 'http://a', 'a@b')] == ['0000-00-00', 'a0a00', 'CAPITALS', '', '', '<tag>', '', 'url', 'email']
+
+
+def test_one_line_of_the_study_and_no_line_twice(tmp_path):
+    from benchmarks.spurious import KEY, study
+    sets, out = {'sst2-train': REVIEWS, 'rotten-tomatoes': REVIEWS}, tmp_path/'spurious.csv'
+    for _ in range(2): study(out, 1, None, sets, kinds=('dates',), shares=(.05,))
+    t = pd.read_csv(out, keep_default_na=False); assert len(t) == len(t.drop_duplicates(KEY)) == 7
+    assert t[t['items'] == 'dates']['rank'].astype(float).tolist() == [1] and t[t['items'] == 'dates']['rank_g2'].astype(float).iloc[0] >= 1
+
+
+def test_the_stored_study():
+    t = pd.read_csv(ROOT/'benchmarks/results/spurious.csv'); often = t[t['items'].isin(['dates', 'countries', 'pair', 'marks']) & (t['share'] >= .05)]
+    assert len(often) >= 50 and ((often['rank'] == 1).groupby([often['items'], often['share']]).mean() >= .95).all()
