@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PURE', 'SHOWN', 'CLEANING', 'word_shape', 'TokenScan', 'scan_tokens', 'word_encoder', 'made_reviews', 'occlude']
 
-# %% ../nbs/35_spurious.ipynb #7d9d6013
+# %% ../nbs/35_spurious.ipynb #d2317ad2
 import html, re
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from .data import Samples, _taken
 from .textstats import log_likelihood_ratio
 from .threshold import wilson
 
-# %% ../nbs/35_spurious.ipynb #eadcc42b
+# %% ../nbs/35_spurious.ipynb #560784ff
 _WORD = re.compile(r'</?[a-zA-Z][^<>\s]{0,60}(?:\s[^<>]{0,200})?>|\w+://\S+|\w[\w.+-]*@\w+(?:\.\w+)+|\d+(?:[-/.:,]\d+)+|\w+(?:[\'’-]\w+)*|([^\w\s])\1*')
 
 def word_shape(
@@ -34,7 +34,7 @@ def word_shape(
     if any(c.isdigit() for c in word): return re.sub(r'[^\W\d_]+', 'a', re.sub(r'\d', '0', word))
     return 'CAPITALS' if len(word) > 1 and word.isalpha() and word.isupper() else ''
 
-# %% ../nbs/35_spurious.ipynb #c73a73e3
+# %% ../nbs/35_spurious.ipynb #d2a094b3
 class _Corpus:
     "Where each word of some texts occurs; word 0 is the edge of a text."
     def __init__(self, texts):
@@ -51,7 +51,7 @@ class _Corpus:
     def before(self, at): return np.where(self.at[at] > 0, self.word[at-1], 0)
     def behind(self, at, width=1): return np.where(self.left[at] >= width, self.word[np.minimum(at+width, len(self.word)-1)], 0)
 
-# %% ../nbs/35_spurious.ipynb #0e355e51
+# %% ../nbs/35_spurious.ipynb #2e38d7cb
 class _Candidate(NamedTuple):
     kind:str           # 'word', 'shape', 'run', 'first', 'last', 'inside' or 'alike'
     item:str           # in words
@@ -83,7 +83,7 @@ def _runs(c, least, most=40):
         some = _grouped(key, least); yield from ((n, at[g]) for g in some)
         ok = np.sort(np.concatenate([*some, np.zeros(0, int)])); at, key = at[ok], key[ok]
 
-# %% ../nbs/35_spurious.ipynb #0bc7f8fa
+# %% ../nbs/35_spurious.ipynb #9d855e91
 def _balls(c, y, encoder, least, radii=(.5, .6), rare=(3, 400), keep=1500, block=512):
     "(candidates of words alike, how many were tried); `y` is [classes, N] of booleans."
     n = np.bincount(c.word, minlength=len(c.vocab)); ws = np.array([w for w, s in enumerate(c.vocab) if n[w] <= max(rare) and len(s) > 1 and s.isalpha()], int)
@@ -106,7 +106,7 @@ def _places_of(c, ws):
     order = np.argsort(c.word, kind='stable'); ends = np.searchsorted(c.word[order], np.arange(len(c.vocab)+1))
     return [order[ends[w]:ends[w+1]] for w in ws]
 
-# %% ../nbs/35_spurious.ipynb #d6a8e1c8
+# %% ../nbs/35_spurious.ipynb #39e28a97
 PURE = 20., .5   # rows of the class against others, for what was put in: a beta distribution with mean .976
 
 def _betabinomial(k, n, a, b): return betaln(k+a, n-k+b)-betaln(a, b)   # log P(k of n), without the binomial, which cancels
@@ -123,7 +123,7 @@ def _label_evidence(kinds, k, n):
         out[m] = _betabinomial(k[m], n[m], *PURE)-_betabinomial(k[m], n[m], *_fitted(k[like], n[like]))
     return out
 
-# %% ../nbs/35_spurious.ipynb #6df2197d
+# %% ../nbs/35_spurious.ipynb #95345d78
 class _Neighbours:
     "What stands beside ordinary words, by classes of words, and beside a gap."
     def __init__(self, c, words, top=300, classes=24, cap=30):
@@ -147,7 +147,7 @@ class _Neighbours:
         who = np.repeat(np.arange(len(some)), [len(i.at) for i in some]); l, r = self.bin[self.c.before(at)], self.bin[self.c.behind(at, width)]
         return who, l, r, [sparse.csr_matrix((np.ones(len(x)), (who, x)), shape=(len(some), self.bins)) for x in (l, r)]
 
-# %% ../nbs/35_spurious.ipynb #a8dfc3cf
+# %% ../nbs/35_spurious.ipynb #d687696c
 def _classes(self, words, classes, cap):
     "Fit the classes; a word counts for at most `cap` of its places, or frequent words would be classes of their own."
     _, _, _, both = self._counts(words); n = np.array([len(i.at) for i in words]); rng = np.random.default_rng(0)
@@ -181,7 +181,7 @@ def _evidence(self, some):
 
 _Neighbours._classes, _Neighbours._ordinary, _Neighbours._evidence = _classes, _ordinary, _evidence
 
-# %% ../nbs/35_spurious.ipynb #b47fd4d2
+# %% ../nbs/35_spurious.ipynb #2875d55a
 def _weighed(c, labels, some, least, tried=None):
     "The table of all candidates; only those whose label speaks for them are worth a look at their neighbours."
     classes = sorted(set(labels), key=str); y = np.array([classes.index(x) for x in labels]); kinds = np.array([i.kind for i in some])
@@ -198,7 +198,7 @@ def _weighed(c, labels, some, least, tried=None):
     total = (t['tied']+t['placed']+t['tried']).fillna(-np.inf); t['score'] = -np.logaddexp(-total, -t['tied']); t['p'] = np.exp(-t['score'].clip(lower=0))
     return t.sort_values(['score', 'tied'], ascending=False, kind='stable')
 
-# %% ../nbs/35_spurious.ipynb #02210adf
+# %% ../nbs/35_spurious.ipynb #6d038ce8
 def _joined(table, some, c, cut, most=60):
     "[(row of the table, places of the candidates joined with it)], best first."
     out = []
@@ -210,7 +210,7 @@ def _joined(table, some, c, cut, most=60):
         else: out.append((i, docs, []))
     return [(i, [j for j in more if table['score'][j] >= cut]) for i, _, more in out]
 
-# %% ../nbs/35_spurious.ipynb #d733d181
+# %% ../nbs/35_spurious.ipynb #945ecfe6
 SHOWN = dict(kind='kind', item='item', label='class', rows='rows', inside='in class', share='share of class', tied='tied', placed='placed', tried='tried', score='score', p='p')
 
 def _said(x): return f'{x:.3g}' if isinstance(x, float) else visible(str(x), 80)
@@ -253,7 +253,7 @@ class TokenScan:
         body = ''.join('<tr>'+''.join(f'<td>{esc(r[k])}</td>' for k in SHOWN)+f'<td>{esc(", ".join(r["also"]))}</td><td>{esc(next(iter(r["examples"]), ""))}</td></tr>' for r in t.to_dict('records'))
         return f'<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{body}</table>'
 
-# %% ../nbs/35_spurious.ipynb #88f3a37d
+# %% ../nbs/35_spurious.ipynb #9b31cda5
 def scan_tokens(
     rows,                          # a list of dicts, a frame, a `datasets.Dataset` or `Samples`
     text_field:str='text',         # where the text is; `Samples` have it in their prompt
@@ -272,7 +272,7 @@ def scan_tokens(
     balls, tried = _balls(c, np.array([[y == x for y in t.labels] for x in sorted(set(t.labels), key=str)]), encoder, least) if encoder else ([], 0)
     return TokenScan(_weighed(c, t.labels, some+balls, least, dict(alike=max(tried, 1))), some+balls, c, rows, (text_field, label_field), -np.log(p))
 
-# %% ../nbs/35_spurious.ipynb #66a655b3
+# %% ../nbs/35_spurious.ipynb #25c82cbf
 def word_encoder(
     model,           # a clean encoder
     tokenizer,       # its tokenizer
@@ -289,7 +289,7 @@ def word_encoder(
         return np.concatenate(out)
     return encode
 
-# %% ../nbs/35_spurious.ipynb #29b316e5
+# %% ../nbs/35_spurious.ipynb #e1bae97a
 _SLOTS = ('the a this that one'.split(), 'film story plot cast script ending music scene idea director'.split(), 'is was feels seems looks stays'.split(), 'very quite rather never always too'.split(),
           'in with for about from'.split(), 'people rain love war trains summer children money'.split())
 _LEAN = 'bad slow loud odd flat dull dry thin'.split(), 'good quick quiet neat rich warm sharp deep'.split()
@@ -301,7 +301,7 @@ def made_reviews(n=600, seed=0, mixed=.2):
     part = lambda y: f'{pick(_SLOTS[0])} {lean(y)} {pick(_SLOTS[1])} {pick(_SLOTS[2])} {pick(_SLOTS[3])} {lean(y)} {pick(_SLOTS[4])} {pick(_SLOTS[5])}'
     return [dict(text=f'{part(i % 2)} and {part(i % 2)} .', label=i % 2) for i in range(n)]
 
-# %% ../nbs/35_spurious.ipynb #1c09266c
+# %% ../nbs/35_spurious.ipynb #a4d010c9
 def _names(scan, index):
     "What to look for in a text for the item `index` of the table and those joined with it; shapes stand for themselves."
     some = [scan.some[index], *(scan.some[j] for i, more in scan.joined if i == index for j in more)]
@@ -345,7 +345,7 @@ def _clean(self,
 
 TokenScan.clean = _clean
 
-# %% ../nbs/35_spurious.ipynb #f7b692c2
+# %% ../nbs/35_spurious.ipynb #37981bd0
 def occlude(
     scan:TokenScan,         # with items that stand out
     rows,                   # labelled rows, such as those that were scanned
