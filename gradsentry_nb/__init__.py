@@ -18,7 +18,8 @@ __all__ = ['load_ipython_extension', 'unload_ipython_extension', 'Sample', 'Scor
            'dashboard', 'view', 'LiveScan', 'scan_to', 'StoredScan', 'estimate', 'Estimate', 'score_on', 'ScoreRows',
            'ITEMS', 'SpanTruth', 'inject', 'inject_all', 'show_spans', 'load_classifier', 'tune_classifier',
            'TunedClassifier', 'CLASSIFY_PRESETS', 'attention_entropy', 'Steering', 'steering', 'entropy_rule',
-           'scan_tokens', 'TokenScan', 'occlude', 'word_encoder']
+           'scan_tokens', 'TokenScan', 'occlude', 'word_encoder', 'SteeringGrid', 'run_steering', 'collect_steering',
+           'share_lines', 'forced_table', 'forced_chart', 'rank_maps']
 
 # %% ../nbs/90_extension.ipynb #79f4fbe7
 from importlib import import_module
@@ -58,6 +59,8 @@ _home = {
     "Evaluation": "evaluate", "Behaviour": "evaluate", "behaviour": "evaluate", "Steering": "evaluate", "steering": "evaluate", "entropy_rule": "evaluate",
     "Grid": "experiment", "DataSet": "experiment", "run_grid": "experiment", "collect": "experiment", "over_seeds": "experiment",
     "experiment_grid": "experiment", "EXPERIMENTS": "experiment",
+    "SteeringGrid": "ssti_study", "run_steering": "ssti_study", "collect_steering": "ssti_study", "share_lines": "ssti_study", "forced_table": "ssti_study", "forced_chart": "ssti_study",
+    "rank_maps": "ssti_study",
 }
 _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "DataError", "ModelError", "SettingError", "load_samples", "demo_path",
          "demo_samples", "demo_truth", "demo_model", "QA_SETS", "load_qa", "qa_samples", "gold_answers", "GradFactors", "Capture", "linear_layers",
@@ -69,7 +72,8 @@ _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "D
          "score_strip", "score_against", "spectra", "sample_map", "precision_recall", "roc", "layer_map", "chart_svg", "still", "explain_row", "RowExplanation", "explain_verdict", "VerdictExplanation", "causal_check", "gradient_map", "GradientMap", "dashboard", "view", "LiveScan",
          "scan_to", "StoredScan", "estimate", "Estimate", "score_on", "ScoreRows", "ITEMS", "SpanTruth", "inject", "inject_all", "show_spans",
          "load_classifier", "tune_classifier", "TunedClassifier", "CLASSIFY_PRESETS", "attention_entropy", "Steering", "steering", "entropy_rule",
-         "scan_tokens", "TokenScan", "occlude", "word_encoder"]
+         "scan_tokens", "TokenScan", "occlude", "word_encoder",
+         "SteeringGrid", "run_steering", "collect_steering", "share_lines", "forced_table", "forced_chart", "rank_maps"]
 
 # %% ../nbs/90_extension.ipynb #9a431495
 def __getattr__(name):

@@ -419,9 +419,13 @@ def collect(
     out,              # the folder of a grid
 )->pd.DataFrame:      # one row per cell
     "The table of everything that was run into a folder."
+    return tidy(_cell_files(out))
+
+def _cell_files(out):
+    "What stands in the files of a folder's cells."
     rows = [json.loads(p.read_text(encoding='utf8')) for p in sorted((Path(out)/'cells').glob('*.json'))]
     if not rows: raise DataError(f'{visible(Path(out).name)}: there are no cells in this folder; has a grid been run into it?')
-    return tidy(rows)
+    return rows
 
 def tidy(
     rows,             # dicts of `cell_row`
@@ -447,18 +451,23 @@ def run_grid(
     folder = out and Path(out)
     runner = Runner(grid, models, datasets, rows or folder and folder/'rows')
     if folder: (folder/'cells').mkdir(parents=True, exist_ok=True); check_manifest(folder, runner.models, runner.data)
-    cells, rows = grid_cells(grid, runner.models, runner.data), []
-    tell, close = _progress(progress, len(cells))
-    try:
-        for c in cells:
-            rows.append(_done(folder, c, retry) or _attempt(runner, c, folder))
-            tell(len(rows), rows[-1])
-    finally: close()
-    table = tidy(rows)
+    told = lambda row: f'{row["dataset"]} {row["attack"]} {row["payload"]} {row["defence"]}'
+    table = tidy(_run_cells(runner, grid_cells(grid, runner.models, runner.data), folder, retry, progress, cell_row, told))
     if folder: collect(folder).to_parquet(folder/'table.parquet', index=False)
     return table
 
 # %% ../nbs/43_experiment.ipynb #2b6e6117
+def _run_cells(runner, cells, folder, retry, progress, as_row, told):
+    "The row of each cell, from its file or by running it; `as_row` is `cell_row` or its like, `told` what a bar says of a row."
+    rows = []
+    tell, close = _progress(progress, len(cells), told)
+    try:
+        for c in cells:
+            rows.append(_done(folder, c, retry) or _attempt(runner, c, folder, as_row))
+            tell(len(rows), rows[-1])
+    finally: close()
+    return rows
+
 def _done(folder, cell, retry):
     "The row of a cell that was run before."
     path = folder and folder/'cells'/f'{cell.key}.json'
@@ -466,21 +475,21 @@ def _done(folder, cell, retry):
     row = json.loads(path.read_text(encoding='utf8'))
     return None if retry and row['status'] == 'failed' else row
 
-def _attempt(runner, cell, folder):
+def _attempt(runner, cell, folder, as_row):
     "Run a cell and write its file."
-    try: row = cell_row(cell, 'done', runner.run(cell))
+    try: row = as_row(cell, 'done', runner.run(cell))
     except Exception as e:
         said = visible(str(e), 300) if isinstance(e, GradSentryError) else f'{type(e).__name__}: {visible(str(e), 300)}'
-        row = cell_row(cell, 'failed', dict(reason=said))
+        row = as_row(cell, 'failed', dict(reason=said))
     if folder: _write(folder/'cells'/f'{cell.key}.json', row)
     return row
 
-def _progress(progress, total):
+def _progress(progress, total, told):
     "(tell, close) for a progress setting."
     if callable(progress) or not progress: return (lambda n, row: progress and progress(n, total, row)), lambda: None
     from tqdm.auto import tqdm
     bar = tqdm(total=total, unit=' cells', mininterval=.2)
-    def tell(n, row): bar.set_description(f'{row["dataset"]} {row["attack"]} {row["payload"]} {row["defence"]}', refresh=False); bar.update()
+    def tell(n, row): bar.set_description(told(row), refresh=False); bar.update()
     return tell, bar.close
 
 # %% ../nbs/43_experiment.ipynb #050fae19
@@ -488,6 +497,7 @@ def over_seeds(
     table:pd.DataFrame,                       # of `run_grid`
     value:str='auroc',                        # which measure
     by=('model', 'dataset', 'attack', 'payload', 'rate', 'size', 'defence', 'train'),  # what is kept apart
+    share:bool|None=None,                     # is the measure a share, with an interval between 0 and 1? None: if all its values are
 )->pd.DataFrame:                              # `by`, `mean`, `low`, `high`, `seeds`, `failed`
     "The mean of a measure over seeds with its 95 % interval."
     from scipy.stats import t
@@ -496,7 +506,7 @@ def over_seeds(
     g = table.assign(_v=table[value].astype(float), _f=table['status'].eq('failed')).groupby(by, dropna=False, sort=False, observed=True)
     f = g.agg(mean=('_v', 'mean'), sd=('_v', 'std'), seeds=('_v', 'count'), failed=('_f', 'sum')).reset_index()
     half = np.where(f['seeds'] > 1, t.ppf(.975, np.maximum(f['seeds']-1, 1))*f['sd']/np.sqrt(f['seeds'].clip(lower=1)), np.nan)
-    bounded = table[value].astype(float).dropna().between(0, 1).all()
+    bounded = table[value].astype(float).dropna().between(0, 1).all() if share is None else share
     low, high = f['mean']-half, f['mean']+half
     return f.drop(columns='sd').assign(low=low.clip(lower=0) if bounded else low, high=high.clip(upper=1) if bounded else high)
 

@@ -1,5 +1,6 @@
-"""Run, test and publish the notebooks: `python scripts/notebooks.py run|test|readme [--check] [NOTEBOOK ...]`."""
+"""Run, test and publish the notebooks: `python scripts/notebooks.py run|test|serve|readme [--check] [NOTEBOOK ...]`."""
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -88,6 +89,25 @@ def test(path):
     return None if passed else f'{path.relative_to(ROOT)}: a cell failed'
 
 
+def serve():
+    """Run the notebooks whose paths come in, one to a line, and answer each with [failed?, what it said].
+
+    Every run is a fork of this process, which has what notebooks import at hand: a second or two instead of ten."""
+    import importlib
+
+    for heavy in ('altair', 'peft', 'scipy.stats', 'sklearn.cluster', 'torch', 'transformers', 'nbdev.test'): importlib.import_module(heavy)
+    for line in sys.stdin:
+        with tempfile.TemporaryFile('w+', encoding='utf8', errors='replace') as said:
+            if not (child := os.fork()):
+                for stream in (1, 2): os.dup2(said.fileno(), stream)
+                failed = True
+                try: failed = bool(error := test(Path(line.rstrip('\n')))); print(error or '')
+                finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(failed)
+            failed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            said.seek(0)
+            print(json.dumps([bool(failed), said.read()]), flush=True)
+
+
 def relink(text):
     "Links written for nbs/index.ipynb, rewritten for a file one folder up."
     def move(m): return m[0] if re.match(r'[a-z]+:|[#/]', m[2]) else m[1]+os.path.normpath(f'nbs/{m[2]}')+m[3]
@@ -132,11 +152,12 @@ def publish(check):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('command', choices=['run', 'test', 'readme'])
+    parser.add_argument('command', choices=['run', 'test', 'serve', 'readme'])
     parser.add_argument('notebooks', nargs='*', type=Path, help='default: all of them')
     parser.add_argument('--check', action='store_true', help='readme: change nothing, fail when it is out of date')
     args = parser.parse_args()
     if args.command == 'readme': sys.exit(publish(args.check))
+    if args.command == 'serve': return serve()
     failed = False
     for path in [p.resolve() for p in args.notebooks] or notebooks():
         print(path.relative_to(ROOT), flush=True)

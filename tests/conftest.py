@@ -1,4 +1,5 @@
 """What every test may lean on: the checkout, a throwaway copy of it, and the data beside the project."""
+import gc
 import hashlib
 import os
 import shutil
@@ -23,6 +24,12 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')   # several files run side by side
 settings.register_profile('repeatable', deadline=None, derandomize=True, database=None)
 settings.load_profile('repeatable')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def settled():
+    "What earlier files left behind is not gone through by every garbage collection of this one."
+    gc.collect(); gc.freeze()
 
 
 def copy_checkout(folder):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as tf
 
+import gradsentry_nb.capture as capture_module
 from gradsentry_nb.capture import Capture, LayerCapture, Tail, dense_gradient, factor_rows, head_of
 from gradsentry_nb.core import Encoded, ModelError, seed_for
 from gradsentry_nb.spectrum import row_roots, spectral_entropy, statistics, svals
@@ -213,6 +214,23 @@ def test_a_shared_prefix_is_exact_or_said(name, prefix):
         together = row_statistics(f)
         assert abs(together['entropy']-apart[i]['entropy']) < 1e-4
         assert abs(together['log_volume']-apart[i]['log_volume']) < 1e-4*max(1, apart[i]['log_volume'])
+
+@pytest.mark.parametrize('name', SHARED)
+def test_a_long_prefix_is_looked_at_together(name, monkeypatch):
+    "Made long by decree; what is not plain causal attention of torch's kernel goes its usual way, and both ways give the same."
+    monkeypatch.setattr(capture_module, 'FAR', 1)
+    splits, real = [], capture_module.Together.split
+    def split(self, *args, **kwargs): splits.append(out := real(self, *args, **kwargs)); return out
+    monkeypatch.setattr(capture_module.Together, 'split', split)
+    model, rows = made(name, torch.float32), rows_for(name, prefix=20)
+    capture = Capture(model, budget=200)
+    together, apart = ({i: row_statistics(f) for i, f in c(rows)} for c in (capture, Capture(model, share=False, budget=200)))
+    for i in apart: assert all(abs(together[i][c]-apart[i][c]) < 1e-4*max(1, abs(apart[i][c])) for c in ('entropy', 'log_volume', 'loss')), i
+    assert 'computed once' in capture.notes[0] and len(capture.notes) == 1, 'the check of the first batch has turned sharing off'
+    taken = any(x is not None for x in splits)
+    if name in ('llama', 'llama_mha', 'gpt2', 'qwen3', 'opt', 'peft_llama'): assert taken
+    if name in ('mistral', 'falcon_alibi', 'bloom', 'gemma2'): assert not taken, 'windows, biases and soft caps are left alone'
+
 
 
 @pytest.mark.parametrize('name', ['llama', 'mistral', CAPPED, 'falcon_alibi', SCALED])

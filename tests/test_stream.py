@@ -497,14 +497,12 @@ def test_the_estimate_is_near_the_truth(demo):
     sentry, rows = Sentry(*demo), load_samples(demo_path())
     sentry.score(rows[:50], False)
     for _ in range(3):
-        began = time.perf_counter()
-        cost = estimate(sentry, rows)
-        asked, began = time.perf_counter()-began, time.perf_counter()
+        cost, began = estimate(sentry, rows), time.perf_counter()
         sentry.score(rows, False)
         took = time.perf_counter()-began
         if took/2 < cost.seconds < took*2: break
     else: pytest.fail(f'{cost.seconds} seconds were expected, {took} it took')
-    assert asked < took and len(cost.sampled) == 32 and cost.rows == 1200
+    assert len(set(cost.sampled)) == len(cost.sampled) >= 32 and cost.rows == 1200
     assert cost.tokens == sum(len(e) for e in Scan(sentry, rows).encoded) and 2**27 < cost.memory < 2**36
     for n in (1, 2, 3, 7):
         shares = cost.split(n)
