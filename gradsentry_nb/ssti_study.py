@@ -18,9 +18,9 @@ import altair as alt, numpy as np, pandas as pd
 
 from .charts import GREY, _empty, _seeds, _who, themed
 from .core import Sample, SettingError, choose, content_hash, visible, _plain
-from .data import Samples, _dump
+from .data import Samples, _dump, _taken
 from .threshold import wilson
-from .attacks.ssti import Injection, inject, inject_all, make_items, _taken
+from .attacks.ssti import Injection, inject, inject_all, make_items
 from .train import CLASSIFY_PRESETS, HEADS, ClassifySettings, attention_entropy, class_names, load_classifier, lora_targets, tune_classifier, _settings
 from .evaluate import accuracy_gap, entropy_rule, steering
 from .experiment import Choice, DataSet, check_manifest, draw_rows, flat, over_seeds, _cell_files, _run_cells, _unknown, _write

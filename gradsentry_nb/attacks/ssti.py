@@ -18,8 +18,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core import DataError, Sample, SettingError, choose, clip_middle, content_hash, seed_for, visible
-from ..data import Samples, Source, _dump, _lines, as_samples, numbered
+from ..core import DataError, SettingError, choose, clip_middle, seed_for, visible
+from ..data import _ids, _key, _lines, _taken
 from .triggers import Truth
 
 # %% ../../nbs/22_attacks.ssti.ipynb #718d2e09
@@ -248,83 +248,7 @@ def _inside(text, level):
             if opened == name: break
         if len(stack) == level-1: return start, m.start()
 
-# %% ../../nbs/22_attacks.ssti.ipynb #875a66bb
-def _key(x): return x if isinstance(x, str) else int(x) if isinstance(x, Integral) and not isinstance(x, bool) else None
-
-class _Rows(NamedTuple):
-    "Texts with labels, their names, and the way back."
-    texts:list     # of every row
-    labels:list    # integers or texts
-    ids:list       # names of the rows
-    second:list    # what is hashed beside the text
-    back:object    # function(texts, ids) -> rows of the same kind
-
-def _ids(texts, second):
-    "A content hash and an occurrence number for each row."
-    return list(numbered(content_hash(t, str(y)) for t, y in zip(texts, second)))
-
-def _need(field, columns, how, row=None):
-    where, there = f'row {row}: the' if row else 'The', ', '.join(visible(repr(c), 40) for c in columns) or 'none'
-    if field not in columns: raise DataError(f'{where} field {field!r} is missing; there are {there}. Name it with {how}=.')
-    if [*columns].count(field) > 1: raise DataError(f'{where} field {field!r} is there twice; rename one.')
-
-def _checked(texts, labels, back, text_field, label_field, ids=None, second=None):
-    "Rows whose texts are texts and whose labels are classes."
-    if not texts: raise DataError('There are no rows to put items into.')
-    for i, (t, y) in enumerate(zip(texts, labels), 1):
-        if not isinstance(t, str): raise DataError(f'row {i}: the field {text_field!r} holds {visible(repr(t), 40)}, not text.')
-        if _key(y) is None: raise DataError(f'row {i}: the field {label_field!r} holds {visible(repr(y), 40)}; a class is an integer or a text.')
-    labels = [*map(_key, labels)]; second = second or labels
-    return _Rows(texts, labels, ids or _ids(texts, second), second, back)
-
-# %% ../../nbs/22_attacks.ssti.ipynb #5633fbe6
-def _from_samples(rows, text_field, label_field):
-    metas = [s.meta for s in rows]
-    if chat := next((s for s in rows if s.messages is not None), None):
-        raise DataError(f'Row {chat.row} is a conversation; a classifier reads one text with one label.')
-    for i, m in enumerate(metas, 1): _need(label_field, m, 'label_field', i)
-    held = [f for f in (metas or [{}])[0] if f != label_field and all(m.get(f) == s.prompt for m, s in zip(metas, rows))]  # where the prompt was read from
-    def back(texts, ids):
-        raw = lambda m, s, t: {**m, **dict.fromkeys(held, t)} if held else dict(prompt=t, response=s.response, **{label_field: m[label_field]})
-        return Samples([replace(s, id=i, prompt=t, raw=_dump(raw(m, s, t))) for s, m, t, i in zip(rows, metas, texts, ids)],
-                       getattr(rows, 'source', 'rows'), getattr(rows, 'said', ()))
-    ids, replies = [s.id for s in rows], [s.response for s in rows]
-    return _checked([s.prompt for s in rows], [m[label_field] for m in metas], back, 'prompt', label_field, ids, replies)
-
-def _from_dicts(rows, text_field, label_field):
-    for i, r in enumerate(rows, 1):
-        if not isinstance(r, dict): raise DataError(f'row {i}: a row is an object with named fields, this is {visible(repr(r), 40)}.')
-        _need(text_field, r, 'text_field', i); _need(label_field, r, 'label_field', i)
-    back = lambda texts, ids: [{**r, text_field: t} for r, t in zip(rows, texts)]
-    return _checked([r[text_field] for r in rows], [r[label_field] for r in rows], back, text_field, label_field)
-
 # %% ../../nbs/22_attacks.ssti.ipynb #8cbcf66b
-def _from_frame(rows, text_field, label_field):
-    import pandas as pd
-    def back(texts, ids):
-        out, kind = rows.copy(), rows[text_field].dtype
-        out[text_field] = pd.Series(texts, index=rows.index, dtype=object if kind == 'category' else kind)
-        return out
-    return _checked(rows[text_field].tolist(), rows[label_field].tolist(), back, text_field, label_field)
-
-def _from_dataset(rows, text_field, label_field):
-    plain, f = rows.with_format(None), rows.format
-    def back(texts, ids):
-        out = plain.remove_columns(text_field).add_column(text_field, texts, feature=rows.features[text_field]).select_columns(rows.column_names)
-        return out.with_format(f['type'], f['columns'], f['output_all_columns'], **f['format_kwargs'])
-    return _checked(list(plain[text_field]), list(plain[label_field]), back, text_field, label_field)
-
-def _taken(rows, text_field, label_field):
-    "Rows of any kind as texts with labels."
-    if isinstance(rows, Source): rows = as_samples(rows)
-    if isinstance(rows, list): return (_from_samples if rows and isinstance(rows[0], Sample) else _from_dicts)(rows, text_field, label_field)
-    if isinstance(rows, dict): raise DataError(f'This has splits; give one of them: {", ".join(map(repr, list(rows)[:8]))}.')
-    dataset = hasattr(rows, 'add_column') and hasattr(rows, '__len__')
-    if not (dataset or hasattr(rows, 'iloc') and hasattr(rows, 'columns')):
-        raise DataError(f'Rows are a list of dicts, a pandas frame, a datasets.Dataset or Samples, not {type(rows).__name__}.')
-    for field, how in ((text_field, 'text_field'), (label_field, 'label_field')): _need(field, rows.column_names if dataset else list(rows.columns), how)
-    return (_from_dataset if dataset else _from_frame)(rows, text_field, label_field)
-
 def row_ids(
     rows,                     # a list of dicts, a frame, a `datasets.Dataset`, `Samples` or a `Source`
     text_field:str='text',    # where the text is; `Samples` have it in their prompt
