@@ -1484,6 +1484,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                                                                        'gradsentry_nb/spurious.py'),
                                         'gradsentry_nb.spurious.TokenScan._repr_html_': ( 'spurious.html#tokenscan._repr_html_',
                                                                                           'gradsentry_nb/spurious.py'),
+                                        'gradsentry_nb.spurious.TokenScan._sought': ( 'spurious.html#tokenscan._sought',
+                                                                                      'gradsentry_nb/spurious.py'),
                                         'gradsentry_nb.spurious.TokenScan.found': ( 'spurious.html#tokenscan.found',
                                                                                     'gradsentry_nb/spurious.py'),
                                         'gradsentry_nb.spurious.TokenScan.joined': ( 'spurious.html#tokenscan.joined',

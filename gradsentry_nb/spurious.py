@@ -67,9 +67,9 @@ def _grouped(keys, least):
 def _candidates(c, least):
     name = lambda at, n=1: ' '.join(c.vocab[w] for w in c.word[at[0]:at[0]+n])
     words = [_Candidate('word', name(at), at) for at in _grouped(c.word, least)]
-    marked = np.flatnonzero(c.form)
-    held = {at[0]: tuple(sorted({c.vocab[w] for w in c.word[at]})) for at in (marked[g] for g in _grouped(c.form[marked], least))}
-    shapes = [_Candidate('shape', c.shapes[c.form[at[0]]], at, 1, held[at[0]]) for at in (marked[g] for g in _grouped(c.form[marked], least)) if len(held[at[0]]) > 1]
+    marked = np.flatnonzero(c.form); forms = [marked[g] for g in _grouped(c.form[marked], least)]
+    held = [tuple(sorted({c.vocab[w] for w in c.word[at]})) for at in forms]
+    shapes = [_Candidate('shape', c.shapes[c.form[at[0]]], at, 1, inside) for at, inside in zip(forms, held) if len(inside) > 1]
     parts = [_Candidate(kind, i.item, i.at[m], 1, i.words) for i in words+shapes for kind, m in _ends(c, i.at).items() if least <= m.sum() < (1 if kind != 'inside' else .9)*len(i.at)]
     return words+shapes+parts+[_Candidate('run', name(at, n), at, n) for n, at in _runs(c, least)]
 
@@ -239,7 +239,9 @@ class TokenScan:
         text:str,           # any text
     )->list:                # [(start, stop)] in order; neighbours are one span
         "Where the items that stand out are in a text."
-        return _spans(text, [n for i, _ in self.joined if self.every['score'][i] >= self.cut for n in _names(self, i)])
+        return _spans(text, self._sought)
+    @cached_property
+    def _sought(self): return [n for i, _ in self.joined if self.every['score'][i] >= self.cut for n in _names(self, i)]
     @property
     def found(self):
         "The items that stand out; perhaps none."

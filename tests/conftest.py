@@ -28,7 +28,7 @@ settings.load_profile('repeatable')
 
 @pytest.fixture(scope='module', autouse=True)
 def settled():
-    "What earlier files left behind is not gone through by every garbage collection of this one."
+    "What was imported and what earlier files left behind is not gone through by every garbage collection; the Trainer collects in every run."
     gc.collect(); gc.freeze()
 
 

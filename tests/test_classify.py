@@ -1,6 +1,5 @@
 "Classifiers: which weights move and which stay, the same for a seed; every measure beside a slow twin that counts row by row."
 import copy
-import gc
 import importlib.util
 import math
 import random
@@ -39,14 +38,6 @@ def made(name):
 
 def weights(model): return {k: v.detach().clone() for k, v in model.state_dict().items()}
 def moved(a, b): return {k for k in a if not torch.equal(a[k], b[k])}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quick_to_collect():
-    "The Trainer collects garbage in every run, which takes longer than four steps unless what was imported is out of the way."
-    gc.collect(); gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope='module')

@@ -1,5 +1,4 @@
 "The study of spurious items: cells, their resumption, every measure beside a count by hand, and the charts beside the table."
-import gc
 import json
 import math
 import sys
@@ -32,14 +31,6 @@ def films(a, b): return [film(i, good) for i in range(a, b) for good in (0, 1)]
 
 
 DATA = dict(made=(films(0, 40), films(40, 52)))
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quick_to_collect():
-    "The Trainer collects garbage in every run, which takes longer than the steps unless what was imported is out of the way."
-    gc.collect(); gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope='module')
