@@ -326,8 +326,8 @@ def _spans(text, names):
 
 def _without(text, spans):
     for a, b in reversed(spans):
-        if a and text[a-1].isspace(): a -= 1
-        elif b < len(text) and text[b].isspace(): b += 1
+        apart = (not a or text[a-1].isspace()) and (b == len(text) or text[b].isspace())             # else it is glued to a word, and the blank is the word's
+        if apart: a, b = (a-1, b) if a else (a, b+(b < len(text)))
         text = text[:a]+text[b:]
     return text
 
