@@ -129,8 +129,8 @@ def test_the_prefix_is_read_and_the_text_is_what_the_model_made(toy):
     def generate(input_ids, attention_mask, **how):
         seen.append(([toy.decode(r[m.bool()]) for r, m in zip(input_ids, attention_mask)], how)); return torch.tensor([[0, 9, 10, 11, 1]]*len(input_ids))
     model.generate = generate
-    assert paraphraser(model, toy, 'p: ', max_new_tokens=9, batch=2)(['a film', 'it is sad', 'good']) == ['it is good']*2+['good']   # the last one is too long for its text
-    assert [x for x, _ in seen] == [['p: it is sad</s>', 'p: a film</s>'], ['p: good</s>']] or [x for x, _ in seen] == [['p: it is sad </s>', 'p: a film </s>'], ['p: good </s>']]
+    assert paraphraser(model, toy, 'p: ', max_new_tokens=9, batch=2)(['a film', 'it is sad', 'sad']) == ['it is good']*2+['sad']   # the last one is too long for its text
+    assert [x for x, _ in seen] == [['p: it is sad</s>', 'p: a film</s>'], ['p: sad</s>']] or [x for x, _ in seen] == [['p: it is sad </s>', 'p: a film </s>'], ['p: sad </s>']]
     assert seen[0][1] == dict(num_beams=1, max_new_tokens=9, do_sample=False)
     paraphraser(model, toy, temperature=.7, batch=2)(['a film', 'it is']); assert [len(x) for x, _ in seen[2:]] == [1, 1] and seen[-1][1] == dict(num_beams=1, max_new_tokens=150, do_sample=True, temperature=.7, top_p=.9, top_k=0)
 
@@ -225,8 +225,8 @@ def put(): return inject(REVIEWS, {0: ['!'], 1: ['!!']})
 
 def test_what_was_not_touched_is_kept(put):
     t = retention(put[0], put[0], put[1])
-    assert t['label'].tolist() == [0, 1, 'all'] and t['rows'].tolist() == [60, 60, 120] and (t[['kept', 'whole']] == 1).all(None) and (t['by_itself'] == 0).all() and t['low'][0] == pytest.approx(.940, abs=.001)   # Wilson, 60 of 60
-    assert not retention(put[0], REVIEWS, put[1])[['kept', 'whole', 'high']].iloc[:, :2].any(None)
+    assert t['label'].tolist() == [0, 1, 'all'] and t['rows'].tolist() == [60, 60, 120] and (t[['kept', 'whole']] == 1).all(axis=None) and (t['by_itself'] == 0).all() and t['low'][0] == pytest.approx(.940, abs=.001)   # Wilson, 60 of 60
+    assert not retention(put[0], REVIEWS, put[1])[['kept', 'whole']].any(axis=None)
 
 
 def test_marks_are_told_apart(put):
@@ -249,7 +249,8 @@ def test_case_does_not_matter_and_words_are_whole():
 
 
 def test_what_the_text_held_before():
-    rows, truth = inject(REVIEWS, ['film'], label=1); t = retention(rows, REVIEWS, truth); share = np.mean(['film' in r['text'].split() for r in REVIEWS if r['label']])
+    with pytest.warns(UserWarning, match='hold one of the items already'): rows, truth = inject(REVIEWS, ['film'], label=1)
+    t = retention(rows, REVIEWS, truth); share = np.mean(['film' in r['text'].split() for r in REVIEWS if r['label']])
     assert 0 < share < 1 and t['by_itself'][0] == t['kept'][0] == share
 
 
@@ -293,11 +294,18 @@ def test_lines_of_the_study_and_no_line_twice(study_args, tmp_path, monkeypatch)
     from benchmarks import mitigations as m
     monkeypatch.setattr(m, 'TUNING', dict(m.TUNING, steps=2)); tuned, real = [], m.tune_classifier
     monkeypatch.setattr(m, 'tune_classifier', lambda *a, **kw: tuned.append(1) or real(*a, **kw))
-    monkeypatch.setattr(m, 'REWRITERS', {k: m.REWRITERS[k] for k in ('none', 'rules')})
+    monkeypatch.setattr(m, 'REWRITERS', {k: m.REWRITERS[k] for k in ('none', 'rules')}); monkeypatch.setattr(m, 'COUNTED', ('scanner',)); monkeypatch.setattr(m, 'plan', lambda *a, plan=m.plan, **kw: (k for k in plan(*a, **kw) if k[2] != 'spelling'))
     out = tmp_path/'mitigations.csv'
     for _ in range(2): m.study(out, [201, 202], [201], *study_args, kinds=('dates', 'marks'))
-    t = pd.read_csv(out); assert len(t) == len(t.drop_duplicates(m.KEY)) == 4+4+2+4+2 and len(tuned) == 4+2, 'clean rows are tuned on once for all items'
-    with_items = t[(t['share'] == 1) & (t['seed'] == 201)].set_index(['items', 'mitigation'])
-    assert with_items['kept'].to_dict() == {('dates', 'none'): 1, ('dates', 'rules'): 0, ('marks', 'none'): 1, ('marks', 'rules'): .5, ('dates', 'scanner'): 0, ('marks', 'scanner'): 0}
-    assert (t['changed'][t['mitigation'] == 'none'].dropna() == 0).all() and (t['changed'][t['mitigation'] == 'rules'].dropna() > .02).all() and t['clean_balanced'].notna().tolist() == t['tuned'].tolist()
+    t = pd.read_csv(out); assert len(t) == len(t.drop_duplicates(m.KEY)) == 6+6+4+4 and len(tuned) == 4+2, 'clean rows are tuned on once for all items'
+    left = t[~t['tuned'] & (t['seed'] == 201)].set_index(['items', 'mitigation'])
+    assert left['kept'].to_dict() == {('dates', 'none'): 1, ('dates', 'rules'): 0, ('marks', 'none'): 1, ('marks', 'rules'): .5, ('dates', 'scanner'): 0, ('marks', 'scanner'): 0}
+    assert (left['changed'][:2] == 0).all() and (left['changed'][2:4] > .02).all() and t['changed'].isna().tolist() == t['clean_balanced'].notna().tolist() == t['tuned'].tolist()
     assert t['seamless'].notna().tolist() == (t['tuned'] & (t['items'] == 'marks')).tolist()
+
+
+def test_the_checker_is_counted_on_fewer_rows_and_asked_once_for_each_text(study_args, tmp_path, monkeypatch):
+    from benchmarks import mitigations as m
+    asked = []; monkeypatch.setattr(m, 'grammar', lambda: lambda texts: asked.extend(texts) or [x.replace('!!', '!') for x in texts]); monkeypatch.setattr(m, 'FEW', 100); monkeypatch.setattr(m, 'REWRITERS', {}); monkeypatch.setattr(m, 'COUNTED', ('grammar',))
+    m.study(tmp_path/'m.csv', [201], [], *study_args, kinds=('marks', 'dates')); t = pd.read_csv(tmp_path/'m.csv')
+    assert t['kept'].tolist()[1] == 1 and t.loc[0, ['kept_0', 'kept_1']].tolist() == [1, 0] and t['rows'][0] == 100 and t['changed'].tolist() == [0, 0] and len(asked) == len({*asked})
