@@ -41,11 +41,10 @@ STEERED = [f'{m}{x}' for m in ('clean_balanced', 'gap', 'forced', 'flipped', 'se
 def plan(seeds, tuned, kinds=tuple(KINDS)):
     "What to count, and what to tune: what is most likely to differ first."
     yield from ((kind, 1., how, seed, False) for seed in seeds for how in (*REWRITERS, *COUNTED) for kind in kinds)
+    both, rest = [k for k in kinds if k == 'marks'], [k for k in kinds if k != 'marks']      # the paper's other kinds are the same for all classes
     for seed in tuned:
-        whole = [how for how in REWRITERS if how != 'spelling']
-        yield from ((kind, 1., how, seed, True) for kind in kinds for how in whole)
-        yield from ((kind, 0., how, seed, True) for how in REWRITERS for kind in kinds)
-        yield from ((kind, 1., 'spelling', seed, True) for kind in kinds)
+        cells = lambda kinds, share, hows, seed=seed: ((kind, share, how, seed, True) for how in hows if how in REWRITERS for kind in kinds)
+        for some in ((both, 1., ('none', 'rules')), (kinds, 0., ('none', 'rules')), (rest, 1., ('rules', 'none')), (both, 1., ('spelling',)), (kinds, 0., ('spelling',)), (rest, 1., ('spelling',))): yield from cells(*some)
 
 
 class Once:

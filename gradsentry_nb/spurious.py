@@ -22,7 +22,7 @@ from .textstats import log_likelihood_ratio
 from .threshold import wilson
 
 # %% ../nbs/35_spurious.ipynb #560784ff
-_WORD = re.compile(r'</?[a-zA-Z][^<>\s]{0,60}(?:\s[^<>]{0,200})?>|\w+://\S+|\w[\w.+-]*@\w+(?:\.\w+)+|\d+(?:[-/.:,]\d+)+|\w+(?:[\'’-]\w+)*|([^\w\s])\1*')
+_WORD = re.compile(r'</?[a-zA-Z][^<>\s]{0,60}(?:\s[^<>]{0,200})?>|\w+://\S+|\w[\w.+-]{0,63}@\w+(?:\.\w+)+|\d+(?:[-/.:,]\d+)+|\w+(?:[\'’-]\w+)*|([^\w\s])\1*')
 
 def word_shape(
     word:str,       # as the text has it

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import torch
 import transformers as tf
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -21,7 +20,7 @@ from gradsentry_nb.rewrite import ALIKE, LENGTHS, RULES, changed_words, grammar,
 from gradsentry_nb.spurious import made_reviews
 
 REVIEWS = made_reviews(120)
-HOSTILE = ['', ' ', '\n\t', 'word', '<b>', '<<>>', '!!!', '2001-02-03', '<script>alert(1)</script>', '\ud800 lone', '\u202eevil\u0000', '𝓯ilm and 𝓼tory', 'don’t', "n't", "'s", ' and ', 'Ⅷ-٣-٤-٥', 'http://', '@@', 'a@', 'İstanbul and ﬁlm', 'good and bad '*3000, 'a.'*2000,
+HOSTILE = ['', ' ', '\n\t', 'word', '<b>', '<<>>', '!!!', '2001-02-03', '<script>alert(1)</script>', '\ud800 lone', '\u202eevil\u0000', '𝓯ilm and 𝓼tory', 'don’t', "n't", "'s", ' and ', 'Ⅷ-٣-٤-٥', 'http://', '@@', 'a@', 'İstanbul and ﬁlm', 'good and bad '*3000, 'a.'*50000,
            '<'*3000, 'x'*20000, "it's "*3000, '- '*3000]
 RULE_REWRITER, SPELLING = rule_rewriter(), spelling()
 EVERY = pytest.mark.parametrize('rewriter', [RULE_REWRITER, SPELLING], ids=['rules', 'spelling'])
@@ -294,7 +293,7 @@ def test_lines_of_the_study_and_no_line_twice(study_args, tmp_path, monkeypatch)
     from benchmarks import mitigations as m
     monkeypatch.setattr(m, 'TUNING', dict(m.TUNING, steps=2)); tuned, real = [], m.tune_classifier
     monkeypatch.setattr(m, 'tune_classifier', lambda *a, **kw: tuned.append(1) or real(*a, **kw))
-    monkeypatch.setattr(m, 'REWRITERS', {k: m.REWRITERS[k] for k in ('none', 'rules')}); monkeypatch.setattr(m, 'COUNTED', ('scanner',)); monkeypatch.setattr(m, 'plan', lambda *a, plan=m.plan, **kw: (k for k in plan(*a, **kw) if k[2] != 'spelling'))
+    monkeypatch.setattr(m, 'REWRITERS', {k: m.REWRITERS[k] for k in ('none', 'rules')}); monkeypatch.setattr(m, 'COUNTED', ('scanner',))
     out = tmp_path/'mitigations.csv'
     for _ in range(2): m.study(out, [201, 202], [201], *study_args, kinds=('dates', 'marks'))
     t = pd.read_csv(out); assert len(t) == len(t.drop_duplicates(m.KEY)) == 6+6+4+4 and len(tuned) == 4+2, 'clean rows are tuned on once for all items'
