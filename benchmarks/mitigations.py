@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 STORED = HERE/'results'/'mitigations.csv'
 REWRITERS = dict(none=lambda: list, rules=rule_rewriter, spelling=spelling)   # what a classifier is tuned after
 COUNTED = 'scanner', 'grammar'   # only counted: the checker is slow, what cleaning does to a classifier is in benchmarks/cleaning.py
-FEW = 600                        # rows for the checker, at 50 milliseconds each
+FEW = 600                        # rows for the checker, at some 10 milliseconds each
 TUNING = dict(COMMON, method='lora', r=64, lr=1e-3, optimizer='adamw')
 KEY = ['items', 'share', 'mitigation', 'seed', 'tuned']
 LEFT = ['rows', 'kept', 'kept_low', 'kept_high', 'kept_0', 'kept_1', 'whole', 'by_itself', 'changed']

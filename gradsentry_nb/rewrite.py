@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'ALIKE', 'LENGTHS', 'PAPER', 'rewrite_texts', 'rewrite_rows', 'rule', 'rule_rewriter', 'paraphraser',
            'instructed', 'spelling', 'grammar', 'retention', 'changed_words', 'paper_retention']
 
-# %% ../nbs/36_rewrite.ipynb #0332aa41
+# %% ../nbs/36_rewrite.ipynb #056603bf
 import os, random, re
 from collections import Counter
 
@@ -20,7 +20,7 @@ from .generate import generate_answers
 from .attacks.ssti import without_spans, _holders
 from .spurious import word_shape, _WORD, _without
 
-# %% ../nbs/36_rewrite.ipynb #fe80e7ba
+# %% ../nbs/36_rewrite.ipynb #5d43f864
 def _strings(texts):
     "Texts as a list, or a sentence that says which is none."
     if isinstance(texts, str): raise DataError('One text came in where several are expected; put it into a list.')
@@ -50,7 +50,7 @@ def rewrite_rows(
     t = _taken(rows, text_field, label_field)
     return t.back(rewrite_texts(t.texts, rewriter), t.ids)
 
-# %% ../nbs/36_rewrite.ipynb #604f3bd4
+# %% ../nbs/36_rewrite.ipynb #95efef38
 RULES = {}   # name -> function(text, rng) -> text, in the order in which they are applied
 
 def rule(f): RULES[f.__name__.strip('_')] = f; return f
@@ -63,7 +63,7 @@ def _plain(text, rng):
     no_word = lambda shape: shape in ('<tag>', 'url', 'email') or _DIGITS.fullmatch(shape)
     return _MARKS.sub(r'\1', _without(text, [m.span() for m in _WORD.finditer(text) if no_word(word_shape(m[0]))]))
 
-# %% ../nbs/36_rewrite.ipynb #36a77b3e
+# %% ../nbs/36_rewrite.ipynb #a848e593
 _NOT = re.compile(r"\b(wo|ca|sha|do|does|did|is|are|was|were|has|have|had|would|could|should|must|need|might) ?n['’]t\b", re.I)
 _WHOLE = {'wo': 'will', 'ca': 'can', 'sha': 'shall'}
 _SHORT = [(re.compile(rf"\b({who}) ?['’]{what}\b", re.I), full) for who, what, full in (
@@ -88,7 +88,7 @@ def _pairs(text, rng):
     "The two words beside an *and* change places, where both carry meaning."
     return _PAIR.sub(lambda m: m[0] if {m[1], m[3]} & _GLUE or rng.random() < .5 else f'{m[3]} {m[2]} {m[1]}', text)
 
-# %% ../nbs/36_rewrite.ipynb #f8112273
+# %% ../nbs/36_rewrite.ipynb #8216f336
 ALIKE = {a: b for pair in (
     'film:movie films:movies story:tale stories:tales actor:performer actors:performers director:filmmaker huge:enormous large:big funny:amusing dull:boring clever:smart beautiful:lovely great:splendid terrible:awful strange:odd '
     'quick:fast begin:start begins:starts seem:appear seems:appears almost:nearly often:frequently perhaps:maybe entirely:wholly completely:totally mostly:largely whole:entire kids:children difficult:hard easy:simple '
@@ -100,7 +100,7 @@ def _words(text, rng):
     "Words that have another of the same meaning in the table; a capital is most often a name and stays."
     return _OTHER.sub(lambda m: m[0] if rng.random() < .5 else ALIKE[m[0]], text)
 
-# %% ../nbs/36_rewrite.ipynb #ffca11e1
+# %% ../nbs/36_rewrite.ipynb #d05c0f63
 def rule_rewriter(
     seed:int=0,    # another seed makes other choices
 ):                 # a rewriter
@@ -111,7 +111,7 @@ def rule_rewriter(
         return text
     return lambda texts: [one(x) for x in _strings(texts)]
 
-# %% ../nbs/36_rewrite.ipynb #c39d5de0
+# %% ../nbs/36_rewrite.ipynb #1bf64d62
 LENGTHS = .3, 3.   # a model's result is shorter or longer than that many times the text: not taken
 
 def _sound(text, new):
@@ -131,7 +131,7 @@ def _both_ways(config, name):
     raise ModelError(f'{visible(str(name))} is a model of type {getattr(config, "model_type", "unknown")!r}, which does not turn one text into another; paraphraser takes a sequence-to-sequence model (T5, BART, Pegasus), '
                      'instructed(model, tokenizer) a language model that follows instructions.')
 
-# %% ../nbs/36_rewrite.ipynb #237b3f49
+# %% ../nbs/36_rewrite.ipynb #0c3e7ae7
 @torch.no_grad()
 def _generated(model, tokenizer, ids, **how):
     "The results for a batch of token ids."
@@ -168,7 +168,7 @@ def paraphraser(
         return out
     return rewrite
 
-# %% ../nbs/36_rewrite.ipynb #29d13d8e
+# %% ../nbs/36_rewrite.ipynb #99b8e142
 def instructed(
     model,                   # a causal language model that follows instructions, such as `load_model` loads
     tokenizer,               # its tokenizer
@@ -183,7 +183,7 @@ def instructed(
         return [_sound(a, b) for a, b in zip(texts, generate_answers(model, tokenizer, samples, max_new_tokens))]
     return rewrite
 
-# %% ../nbs/36_rewrite.ipynb #f1045899
+# %% ../nbs/36_rewrite.ipynb #70ec26cc
 _LOWER = re.compile(r"(?<![\w'’@/.<-])[^\W\d_]{4,}(?![\w'’@/-]|\.\w)")
 
 def spelling(
@@ -200,7 +200,7 @@ def spelling(
         return known[w]
     return lambda texts: [_LOWER.sub(corrected, x) for x in _strings(texts)]
 
-# %% ../nbs/36_rewrite.ipynb #f29ec1b9
+# %% ../nbs/36_rewrite.ipynb #dc7f878a
 def grammar():           # a rewriter
     "Everything that Harper finds wrong, corrected by its first suggestion."
     harper = optional('harper', 'Correcting grammar'); linter = harper.Linter()
@@ -211,7 +211,7 @@ def grammar():           # a rewriter
         return text
     return lambda texts: [one(x) for x in _strings(texts)]
 
-# %% ../nbs/36_rewrite.ipynb #92233f73
+# %% ../nbs/36_rewrite.ipynb #353dc96a
 def _held(text, parts): return [_holders([text.casefold()], [p.casefold()]) for p in parts]
 
 def retention(
@@ -233,7 +233,7 @@ def retention(
     classes = sorted({y for y, *_ in rows}, key=str)
     return pd.DataFrame([line(y, [r for r in rows if r[0] == y]) for y in classes]+[line('all', rows)]*(len(classes) > 1))
 
-# %% ../nbs/36_rewrite.ipynb #88f1c6ab
+# %% ../nbs/36_rewrite.ipynb #92f37c29
 def changed_words(
     before,            # strings
     after,             # as many
@@ -244,7 +244,7 @@ def changed_words(
     if len(a) != len(b): raise DataError(f'There are {len(a)} texts before and {len(b)} after; each is compared with its own.')
     return np.array([one(*pair) for pair in zip(a, b)], float)
 
-# %% ../nbs/36_rewrite.ipynb #b0d5c7c6
+# %% ../nbs/36_rewrite.ipynb #272ef809
 PAPER = 'arXiv 2506.11402'
 
 def paper_retention()->pd.DataFrame:

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers as tf
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -308,3 +309,11 @@ def test_the_checker_is_counted_on_fewer_rows_and_asked_once_for_each_text(study
     asked = []; monkeypatch.setattr(m, 'grammar', lambda: lambda texts: asked.extend(texts) or [x.replace('!!', '!') for x in texts]); monkeypatch.setattr(m, 'FEW', 100); monkeypatch.setattr(m, 'REWRITERS', {}); monkeypatch.setattr(m, 'COUNTED', ('grammar',))
     m.study(tmp_path/'m.csv', [201], [], *study_args, kinds=('marks', 'dates')); t = pd.read_csv(tmp_path/'m.csv')
     assert t['kept'].tolist()[1] == 1 and t.loc[0, ['kept_0', 'kept_1']].tolist() == [1, 0] and t['rows'][0] == 100 and t['changed'].tolist() == [0, 0] and len(asked) == len({*asked})
+
+
+def test_the_stored_study():
+    from benchmarks import mitigations as m
+    t = pd.read_csv(m.STORED); kept = t[~t['tuned']].pivot_table('kept', 'items', 'mitigation', aggfunc='max')
+    assert m.STORED.parent == ROOT/'benchmarks/results' and len(t) == len(t.drop_duplicates(m.KEY)) and t['seed'].min() > 200 and set(t['items']) == set(m.KINDS)
+    assert (kept['none'] == 1).all() and kept['rules'][['dates', 'pair']].tolist() == [0, 0] and kept['rules']['countries'] > .95 and (kept['spelling'] > .95).all() and kept['grammar']['countries'] < 1 and (kept['scanner'] < .1).all()
+    steered = t[t['tuned'] & (t['share'] == 1) & (t['mitigation'] == 'none')]; assert len(steered) and (steered['forced'] > .95).all() and (steered['gap'] > 30).all()
