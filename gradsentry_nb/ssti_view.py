@@ -16,7 +16,7 @@ import altair as alt, ipywidgets as W, numpy as np, pandas as pd
 
 from .attacks.ssti import AMOUNTS, ITEMS
 from .board import Job, foreground
-from .charts import DROPPED, GREY, chart_png, chart_svg, themed, _empty, _who
+from .charts import GREY, KEPT, chart_png, chart_svg, themed, _empty, _who
 from .core import GradSentryError, SettingError, visible
 from .experiment import over_seeds
 from .ssti_study import KIND, REGIMES, STORED, SteeringGrid, collect_steering, plan_steering, run_steering, steering_row, stored_steering
@@ -113,13 +113,13 @@ def place_chart(
     if not len(cells): return _empty('no share was run at this amount and learning rate')
     f = over_seeds(cells, 'gap', ('tuned', 'r', 'share'), share=False).sort_values(['r', 'share'], na_position='last').round(3)
     f['said'], f['here'] = f['tuned'].where(f.groupby('tuned')['share'].transform('max') == f['share'], ''), f['tuned'] == tuned
-    hue = alt.condition('datum.here', alt.value(DROPPED), alt.value(GREY))
+    hue = alt.condition('datum.here', alt.value(KEPT), alt.value(GREY))
     base = alt.Chart(f.drop(columns='failed')).encode(alt.X('share:Q', title='texts of the class with items (square-root scale)', scale=alt.Scale(type='sqrt', domain=[0, 1], nice=False, padding=6), axis=alt.Axis(format='%', grid=False, values=sorted(set(f['share'])), labelOverlap=True)),
                                                       alt.Y('mean:Q', title='gap (points)'), detail='tuned:N')
     rule = alt.Chart(pd.DataFrame(dict(share=[share]))).mark_rule(color=GREY, strokeDash=[4, 3]).encode(x='share:Q')
-    layers = [rule, base.mark_line(strokeWidth=2).encode(color=hue, opacity=alt.condition('datum.here', alt.value(1), alt.value(.5))), base.transform_filter('isValid(datum.low) && datum.here').mark_rule(opacity=.6, color=DROPPED).encode(alt.Y('low:Q'), alt.Y2('high:Q')),
-              base.mark_point(size=40, filled=True, opacity=1).encode(color=hue, tooltip=['tuned:N', 'share:Q', 'mean:Q', 'seeds:Q']), base.transform_filter(f'datum.here && datum.share == {share}').mark_point(size=220, color=DROPPED, opacity=1, strokeWidth=2),
-              base.mark_text(align='right', dy=-9, fontSize=11).encode(text='said:N', color=hue)]
+    layers = [rule, base.mark_line(strokeWidth=2).encode(color=hue, opacity=alt.condition('datum.here', alt.value(1), alt.value(.5))), base.transform_filter('isValid(datum.low) && datum.here').mark_rule(opacity=.6, color=KEPT).encode(alt.Y('low:Q'), alt.Y2('high:Q')),
+              base.mark_point(size=40, filled=True, opacity=1).encode(color=hue, tooltip=['tuned:N', 'share:Q', 'mean:Q', 'seeds:Q']), base.transform_filter(f'datum.here && datum.share == {share}').mark_point(size=220, color=KEPT, opacity=1, strokeWidth=2),
+              base.mark_text(align='left', dx=8, fontSize=11).encode(text='said:N', color=hue)]
     return themed(alt.layer(*layers), '', width=330, height=190)
 
 # %% ../nbs/53_ssti_view.ipynb #2e697487
