@@ -235,7 +235,7 @@ def _spans(text, names):
 # %% ../nbs/35_spurious.ipynb #945ecfe6
 SHOWN = dict(kind='kind', item='item', label='class', rows='rows', inside='in class', share='share of class', tied='tied', placed='placed', tried='tried', score='score', p='p')
 
-def _said(x): return f'{x:.3g}' if isinstance(x, float) else visible(str(x), 80)
+def _said(x): return f'{x+0:.3g}' if isinstance(x, float) else visible(str(x), 80)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenScan:
@@ -287,9 +287,10 @@ class TokenScan:
         f = self.found; what = ', '.join(f'{visible(x, 40)!r} ({k}, class {y!r}, {n} rows)' for x, k, y, n in zip(f['item'], f['kind'], f['label'], f['rows']))
         return f'TokenScan({self.corpus.n:,} rows, {len(self.some):,} candidates: {what or "nothing stands out"})'
     def _repr_html_(self):
-        t = self.table(10); esc = lambda x: html.escape(_said(x)); shown = [marked(x[0], 50, page=True) if (x := self.examples(i, 1)) else '' for i, _ in self.joined[:10]]
-        head = ''.join(f'<th>{h}</th>' for h in (*SHOWN.values(), 'also', 'example'))
-        body = ''.join('<tr>'+''.join(f'<td>{esc(r[k])}</td>' for k in SHOWN)+f'<td>{esc(", ".join(r["also"]))}</td><td>{x}</td></tr>' for r, x in zip(t.to_dict('records'), shown))
+        t = self.table(10); esc = lambda x: html.escape(_said(x)); shown = [marked(x[0], 80, page=True) if (x := self.examples(i, 1)) else '' for i, _ in self.joined[:10]]
+        left = 'style="text-align:left"'; cell = lambda k, x: f'<td {left if k in ("item", "also", "example") else ""}>{x}</td>'
+        head = ''.join(f'<th>{h}</th>' for h in SHOWN.values())+f'<th {left}>also</th><th {left}>example</th>'
+        body = ''.join(f'<tr>{"".join(cell(k, esc(r[k])) for k in SHOWN)}{cell("also", esc(", ".join(r["also"])))}{cell("example", x)}</tr>' for r, x in zip(t.to_dict('records'), shown))
         return f'<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{body}</table>'
 
 # %% ../nbs/35_spurious.ipynb #9b31cda5

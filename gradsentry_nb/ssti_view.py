@@ -77,7 +77,7 @@ def _ordered(table, column):
 def _said(column, value): return f'{100*value:g} %' if column == 'share' else f'{value:g}' if column == 'lr' else value.removeprefix('rank ') if column == 'tuned' else value
 
 # %% ../nbs/53_ssti_view.ipynb #81a078b9
-SHOWN = {'clean_balanced': 'balanced accuracy, clean texts', 'injected_balanced': 'balanced accuracy, item in its class', 'forced': 'called by the class of the item'}   # shares, in the order of the picture
+SHOWN = {'clean_balanced': 'clean texts: accuracy', 'injected_balanced': 'item in its class: accuracy', 'forced': 'item everywhere: forced'}   # shares, in the order of the picture
 
 def over_runs(
     cells:pd.DataFrame,   # finished cells of one setting, one per seed
@@ -96,7 +96,7 @@ def setting_chart(
     if not rows: return _empty('there is no run of this setting')
     color, shape, _ = _who(['with items', 'without items'], 'trained')
     data = alt.Chart(pd.DataFrame(rows).round(2)).encode(alt.Y('what:N', sort=list(SHOWN.values()), title=None, axis=alt.Axis(grid=True, labelLimit=300)), alt.YOffset('trained:N', sort=['with items', 'without items']), color=color)
-    X = lambda c: alt.X(f'{c}:Q', title='% of the test texts', scale=alt.Scale(domain=[0, 100], clamp=True))
+    X = lambda c: alt.X(f'{c}:Q', title='% of the test texts (accuracy is balanced)', scale=alt.Scale(domain=[0, 100], clamp=True))
     seeds = pd.DataFrame([dict(trained='with items', what=said, at=100*x) for v, said in SHOWN.items() for x in cells[v]])
     ticks = alt.Chart(seeds).mark_tick(thickness=1, size=9, opacity=.7).encode(alt.X('at:Q'), alt.Y('what:N', sort=list(SHOWN.values())), alt.YOffset('trained:N', sort=['with items', 'without items']), color=color) if len(cells) > 1 else None
     layers = [data.transform_filter('isValid(datum.low)').mark_rule(opacity=.6, strokeWidth=2).encode(X('low'), alt.X2('high:Q')), *filter(None, [ticks]),
@@ -113,13 +113,15 @@ def place_chart(
     if not len(cells): return _empty('no share was run at this amount and learning rate')
     f = over_seeds(cells, 'gap', ('tuned', 'r', 'share'), share=False).sort_values(['r', 'share'], na_position='last').round(3)
     f['said'], f['here'] = f['tuned'].where(f.groupby('tuned')['share'].transform('max') == f['share'], ''), f['tuned'] == tuned
+    ends = f[f['said'] != ''].sort_values('mean'); at = ends['mean'].to_numpy().copy(); room = .06*max(np.nanmax(f[['mean', 'high']])-np.nanmin(f[['mean', 'low']]), 1)      # names of lines that end in one spot are moved apart
+    for i in range(1, len(at)): at[i] = max(at[i], at[i-1]+room)
     hue = alt.condition('datum.here', alt.value(KEPT), alt.value(GREY))
     base = alt.Chart(f.drop(columns='failed')).encode(alt.X('share:Q', title='texts of the class with items (square-root scale)', scale=alt.Scale(type='sqrt', domain=[0, 1], nice=False, padding=6), axis=alt.Axis(format='%', grid=False, values=sorted(set(f['share'])), labelOverlap=True)),
-                                                      alt.Y('mean:Q', title='gap (points)'), detail='tuned:N')
+                                                      alt.Y('mean:Q', title='gap (points; dots are runs)'), detail='tuned:N')
     rule = alt.Chart(pd.DataFrame(dict(share=[share]))).mark_rule(color=GREY, strokeDash=[4, 3]).encode(x='share:Q')
     layers = [rule, base.mark_line(strokeWidth=2).encode(color=hue, opacity=alt.condition('datum.here', alt.value(1), alt.value(.5))), base.transform_filter('isValid(datum.low) && datum.here').mark_rule(opacity=.6, color=KEPT).encode(alt.Y('low:Q'), alt.Y2('high:Q')),
               base.mark_point(size=40, filled=True, opacity=1).encode(color=hue, tooltip=['tuned:N', 'share:Q', 'mean:Q', 'seeds:Q']), base.transform_filter(f'datum.here && datum.share == {share}').mark_point(size=220, color=KEPT, opacity=1, strokeWidth=2),
-              base.mark_text(align='left', dx=8, fontSize=11).encode(text='said:N', color=hue)]
+              alt.Chart(ends.assign(at=at)[['share', 'at', 'said', 'here']]).mark_text(align='left', dx=12, fontSize=11).encode(x='share:Q', y='at:Q', text='said:N', color=hue)]
     return themed(alt.layer(*layers), '', width=330, height=190)
 
 # %% ../nbs/53_ssti_view.ipynb #2e697487
