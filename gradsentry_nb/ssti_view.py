@@ -317,7 +317,7 @@ SteeringView.on_move, SteeringView.on_go, SteeringView.on_end, SteeringView.on_r
 # %% ../nbs/53_ssti_view.ipynb #6da18b67
 def _static(self)->str:
     "Numbers and pictures as HTML that needs nothing."
-    images = ''.join(f'<img alt="the runs of a setting, and its place among the others" src="data:image/png;base64,{b64encode(chart_png(c, 1.5)).decode()}">' for c in _charts(self))
+    images = ''.join(f'<img style="max-width:49%;vertical-align:top" alt="the runs of a setting, and its place among the others" src="data:image/png;base64,{b64encode(chart_png(c, 1.5)).decode()}">' for c in _charts(self))
     return f'<div class="gs-static-{self.name}"><p>{html.escape(self.told())}</p><p>{_head(self)}</p>{images}</div>'
 
 SteeringView.static_html, SteeringView.snap, SteeringView._ipython_display_ = _static, _snap, _display
