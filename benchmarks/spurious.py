@@ -22,6 +22,7 @@ import pandas as pd
 
 from gradsentry_nb.attacks.ssti import COUNTRIES, inject
 from gradsentry_nb.spurious import scan_tokens, word_encoder
+from gradsentry_nb.threshold import wilson
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent.parent/'shared'/'data/sentiment'
@@ -78,6 +79,7 @@ def plan(seeds, kinds=tuple(KINDS), shares=SHARES):
         yield data, '', '', '', 0., 0, False
         yield from ((data, 'half', '', '', 0., s, False) for s in range(201, 201+2*seeds))
         yield data, '', '', '', 0., 0, True
+        yield from ((data, 'half', '', '', 0., s, True) for s in range(201, 201+(seeds+1)//2))
     for share in shares:
         for kind in kinds:
             for s in range(201, 201+(seeds if kind != 'countries' else (seeds+1)//2)): yield 'sst2-train', kind, 'random', 'light', share, s, kind == 'countries'
@@ -103,10 +105,10 @@ COLUMNS = ['rows', 'candidates', 'rank', 'rank_g2', 'rank_tied', 'rank_place', '
 
 
 def summary(t):
-    "Shares of runs with the item first, by ours and by G^2 alone, and what stood out falsely."
-    first = lambda c: lambda x: (x[c] == 1).mean()
+    "Shares of runs with the item first, by ours with its 95 % interval and by G^2 alone, and what stood out falsely."
+    first, interval = lambda c: lambda x: (x[c] == 1).mean(), lambda x: wilson(int((x['rank'] == 1).sum()), len(x))
     return t.groupby(['data', 'items', 'place', 'amount', 'share'], sort=False, dropna=False).apply(lambda x: pd.Series(dict(
-        runs=len(x), first=first('rank')(x), first_g2=first('rank_g2')(x), first_tied=first('rank_tied')(x), first_place=first('rank_place')(x), found=(x['found'] > 0).mean(), false=(x['false'] > 0).mean())), include_groups=False)
+        runs=len(x), first=first('rank')(x), first_low=interval(x)[0], first_high=interval(x)[1], first_g2=first('rank_g2')(x), first_tied=first('rank_tied')(x), first_place=first('rank_place')(x), found=(x['found'] > 0).mean(), false=(x['false'] > 0).mean())), include_groups=False)
 
 
 def main():
