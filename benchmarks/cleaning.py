@@ -27,13 +27,13 @@ from benchmarks.steering import COMMON, ENCODER, ROWS, models, texts
 from gradsentry_nb.attacks.ssti import inject, inject_all
 from gradsentry_nb.evaluate import steering
 from gradsentry_nb.experiment import draw_rows
-from gradsentry_nb.spurious import CLEANING, occlude, scan_tokens
+from gradsentry_nb.spurious import occlude, scan_tokens
 from gradsentry_nb.ssti_study import Asked, labelled, steering_measures
 from gradsentry_nb.train import load_classifier, tune_classifier
 
 HERE = Path(__file__).resolve().parent
 SHARES = .05, .5
-TRAINED_ON = 'injected', *CLEANING                            # and 'before', at share 0
+TRAINED_ON = ('remove', 'injected'), ('drop',)                # in this order; and 'before', at share 0
 TUNING = dict(COMMON, r=16, optimizer='adamw', lr=1e-3)
 KEY = ['seed', 'items', 'share', 'trained_on']
 MEASURES = [f'{m}{end}' for m in ('clean_accuracy', 'clean_balanced', 'gap', 'forced', 'flipped') for end in ('', '_low', '_high')]
@@ -105,7 +105,7 @@ def study(folder, seeds, train, test, source, encode, kinds=tuple(KINDS), shares
         if new := [k for k in kinds if (seed, k, 0, 'before') not in is_there]:
             start = time.process_time(); says = Asked(tuned(before, seed, source).predict)
             append(out, [dict(zip(KEY, (seed, k, 0, 'before')), rows=len(before)) | measures(says, test, k, seed) | dict(cpu_seconds=time.process_time()-start) for k in new], COLUMNS)
-        for hows, share, kind in ((h, p, k) for h in (TRAINED_ON[:2], TRAINED_ON[2:]) for p in shares for k in kinds):
+        for hows, kind, share in ((h, k, p) for h in TRAINED_ON for k in kinds for p in shares):
             new = [how for how in hows if (seed, kind, share, how) not in is_there]
             if new: mixed, truth = put(before, kind, share, seed); scan = scan_tokens(mixed, encoder=encode)
             for how in new:

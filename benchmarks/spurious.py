@@ -74,17 +74,13 @@ def half(rows, seed): return [rows[i] for i in np.random.default_rng(seed).permu
 
 
 def plan(seeds, kinds=tuple(KINDS), shares=SHARES):
-    "What to scan, the cheap and the important first."
-    for data in ('sst2-train', 'rotten-tomatoes'):
-        yield data, '', '', '', 0., 0, False
-        yield from ((data, 'half', '', '', 0., s, False) for s in range(201, 201+2*seeds))
-        yield data, '', '', '', 0., 0, True
-        yield from ((data, 'half', '', '', 0., s, True) for s in range(201, 201+(seeds+1)//2))
-    for share in shares:
-        for kind in kinds:
-            for s in range(201, 201+(seeds if kind != 'countries' else (seeds+1)//2)): yield 'sst2-train', kind, 'random', 'light', share, s, kind == 'countries'
-    for place, amount in OTHER:
-        yield from (('sst2-train', kind, place, amount, share, s, False) for share in shares[1:4] for kind in kinds if kind != 'countries' for s in range(201, 201+(seeds+1)//3))
+    "What to scan: without the encoder first, the more frequent items first, other places last."
+    def items(some, place, amount, shares, n): return (('sst2-train', kind, place, amount, share, s, kind == 'countries') for share in shares for kind in some for s in range(201, 201+n))
+    def clean(encoder, n): return ((data, what, '', '', 0., s, encoder) for data in ('sst2-train', 'rotten-tomatoes') for what, ss in (('', [0]), ('half', range(201, 201+n))) for s in ss)
+    often, others, half_ = sorted(shares, reverse=True), [k for k in kinds if k != 'countries'], (seeds+1)//2
+    yield from clean(False, 2*seeds); yield from items(others, 'random', 'light', often, seeds)
+    yield from items([k for k in kinds if k == 'countries'], 'random', 'light', often, half_); yield from clean(True, half_)
+    for place, amount in OTHER: yield from items(others, place, amount, shares[1:4], (seeds+1)//3)
 
 
 def study(out, seeds, encode, sets, **some):
