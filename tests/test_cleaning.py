@@ -54,3 +54,8 @@ def test_gradients_are_scored_before_and_after_tuning(tmp_path):
     assert len(t) == 2*each and t['model'].value_counts().tolist() == [each]*2 and t['auroc'].between(0, 1).all() and t['planted'].eq(t['planted'].iloc[0]).all()
     own = t[t['statistic'] == 'the class'].iloc[0]; assert own['auroc_in_class'] == .5 < own['auroc']
     assert (t[t['layer'] == 'head'].groupby('model')['median'].first()).nunique() == 2                   # tuning moved them
+
+
+def test_the_stored_table_reaches_the_bar():
+    t = cleaning.beside(cleaning.known(ROOT/'benchmarks/results/cleaning.csv')); assert not t.duplicated(cleaning.KEY).any() and t[t['trained_on'] == 'before']['clean_accuracy'].min() >= .8
+    gone = t[(t['trained_on'] == 'remove') & t['items'].isin(['dates', 'pair'])]; assert len(gone) >= 4 and gone['gap_over'].abs().max() <= 2 and (gone['left'] == 0).all() and (gone['words_lost'] == 0).all()
