@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(ROOT))
 from benchmarks import cleaning, spurious_gradients
@@ -34,7 +36,7 @@ def test_cleaning_is_measured_and_goes_on_where_it_stood(tmp_path):
     t = cleaning.beside(cleaning.known(tmp_path/'cleaning.csv')).set_index('trained_on')
     assert run((.1,)) and len(asked) == 3 and len(cleaning.known(tmp_path/'cleaning.csv')) == len(t) == 4
     assert t.loc[['remove', 'drop'], ['found', 'same']].astype(bool).values.tolist() == [[True, True], [True, False]] and (t.loc[['remove', 'drop'], 'left'] == 0).all()
-    assert t['gap_over'].tolist() == pytest.approx([0, t.loc['injected', 'gap'], 0, 0]) and t.loc['injected', 'gap'] > 3 and t.loc['injected', 'forced'] == 1 and t.loc['drop', 'rows'] == 600-t.loc['drop', 'planted']
+    assert t['gap_over'].to_dict() == pytest.approx(dict(before=0, injected=t.loc['injected', 'gap'], remove=0, drop=0)) and t.loc['injected', 'gap'] > 3 and t.loc['injected', 'forced'] == 1 and t.loc['drop', 'rows'] == 600-t.loc['drop', 'planted']
     words = pd.read_csv(tmp_path/'cleaning_words.csv')
     item = words[words['why'] == 'found'].iloc[0]; assert item['true'] and item['put_in'] > .95 and item['held'] == t.loc['injected', 'planted']; assert set(words['why']) == {'found', 'score', 'G2'} and not words[words['why'] == 'G2']['true'].any()
     assert not cleaning.study(tmp_path, (201,), REVIEWS, TEST, None, None, ('pair',), (.2,), 600, 80, minutes=1e-9, tuned=tuned) and len(asked) == 3
@@ -48,7 +50,9 @@ def test_an_item_that_is_not_found_is_left_and_asked_for(tmp_path, monkeypatch):
 
 
 def test_gradients_are_scored_before_and_after_tuning(tmp_path):
-    out, model = tmp_path/'t.csv', demo_model(); layers = ['layers.0.self_attn.v_proj', 'layers.1.mlp.down_proj']
+    tokenizer = demo_model()[1]; torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)).eval(), tokenizer
+    out = tmp_path/'t.csv'; layers = ['layers.0.self_attn.v_proj', 'layers.1.mlp.down_proj']
     for _ in range(2): spurious_gradients.study(out, (201,), *model, REVIEWS, TEST[:4], (.5,), 12, layers, epochs=1)
     t = pd.read_csv(out); each = len(spurious_gradients.AT_HEAD)+1+2*len(spurious_gradients.AT_LAYER)+3
     assert len(t) == 2*each and t['model'].value_counts().tolist() == [each]*2 and t['auroc'].between(0, 1).all() and t['planted'].eq(t['planted'].iloc[0]).all()
