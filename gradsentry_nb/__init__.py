@@ -18,8 +18,9 @@ __all__ = ['load_ipython_extension', 'unload_ipython_extension', 'Sample', 'Scor
            'dashboard', 'view', 'LiveScan', 'scan_to', 'StoredScan', 'estimate', 'Estimate', 'score_on', 'ScoreRows',
            'ITEMS', 'SpanTruth', 'inject', 'inject_all', 'show_spans', 'load_classifier', 'tune_classifier',
            'TunedClassifier', 'CLASSIFY_PRESETS', 'attention_entropy', 'Steering', 'steering', 'entropy_rule',
-           'scan_tokens', 'TokenScan', 'occlude', 'word_encoder', 'SteeringGrid', 'run_steering', 'collect_steering',
-           'share_lines', 'forced_table', 'forced_chart', 'rank_maps']
+           'scan_tokens', 'TokenScan', 'occlude', 'word_encoder', 'rewrite_rows', 'rule_rewriter', 'paraphraser',
+           'instructed', 'spelling', 'grammar', 'retention', 'changed_words', 'SteeringGrid', 'run_steering',
+           'collect_steering', 'share_lines', 'forced_table', 'forced_chart', 'rank_maps']
 
 # %% ../nbs/90_extension.ipynb #79f4fbe7
 from importlib import import_module
@@ -51,6 +52,7 @@ _home = {
     "triggered": "attacks.triggers", "hard_suite": "attacks.triggers", "sections": "attacks.triggers", "with_section": "attacks.triggers",
     "ITEMS": "attacks.ssti", "SpanTruth": "attacks.ssti", "inject": "attacks.ssti", "inject_all": "attacks.ssti", "show_spans": "attacks.ssti",
     "scan_tokens": "spurious", "TokenScan": "spurious", "occlude": "spurious", "word_encoder": "spurious",
+    "rewrite_rows": "rewrite", "rule_rewriter": "rewrite", "paraphraser": "rewrite", "instructed": "rewrite", "spelling": "rewrite", "grammar": "rewrite", "retention": "rewrite", "changed_words": "rewrite",
     "onion_clean": "baselines.model",
     "cleangen": "baselines.decoding",
     "DETECTORS": "detectors", "make_detector": "detectors", "detector_table": "detectors", "score_all": "detectors", "filter_all": "detectors",
@@ -72,7 +74,7 @@ _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "D
          "score_strip", "score_against", "spectra", "sample_map", "precision_recall", "roc", "layer_map", "chart_svg", "still", "explain_row", "RowExplanation", "explain_verdict", "VerdictExplanation", "causal_check", "gradient_map", "GradientMap", "dashboard", "view", "LiveScan",
          "scan_to", "StoredScan", "estimate", "Estimate", "score_on", "ScoreRows", "ITEMS", "SpanTruth", "inject", "inject_all", "show_spans",
          "load_classifier", "tune_classifier", "TunedClassifier", "CLASSIFY_PRESETS", "attention_entropy", "Steering", "steering", "entropy_rule",
-         "scan_tokens", "TokenScan", "occlude", "word_encoder",
+         "scan_tokens", "TokenScan", "occlude", "word_encoder", "rewrite_rows", "rule_rewriter", "paraphraser", "instructed", "spelling", "grammar", "retention", "changed_words",
          "SteeringGrid", "run_steering", "collect_steering", "share_lines", "forced_table", "forced_chart", "rank_maps"]
 
 # %% ../nbs/90_extension.ipynb #9a431495

@@ -35,7 +35,7 @@ def choose(
     raise SettingError(f'There is no {kind} {name!r}; choose one of {", ".join(map(repr, options))}.{hint}')
 
 # %% ../nbs/00_core.ipynb #d00ef2d5
-_PACKAGES = {'rouge_score': 'rouge-score', 'umap': 'umap-learn'}  # module -> what pip calls it
+_PACKAGES = {'rouge_score': 'rouge-score', 'umap': 'umap-learn', 'spellchecker': 'pyspellchecker', 'harper': 'harper-py'}  # module -> what pip calls it
 
 def optional(
     module:str,   # a module name: 'altair'

@@ -22,7 +22,7 @@ from .textstats import log_likelihood_ratio
 from .threshold import wilson
 
 # %% ../nbs/35_spurious.ipynb #560784ff
-_WORD = re.compile(r'</?[a-zA-Z][^<>\s]{0,60}(?:\s[^<>]{0,200})?>|\w+://\S+|\w[\w.+-]*@\w+(?:\.\w+)+|\d+(?:[-/.:,]\d+)+|\w+(?:[\'’-]\w+)*|([^\w\s])\1*')
+_WORD = re.compile(r'</?[a-zA-Z][^<>\s]{0,60}(?:\s[^<>]{0,200})?>|\w+://\S+|\w[\w.+-]{0,63}@\w+(?:\.\w+)+|\d+(?:[-/.:,]\d+)+|\w+(?:[\'’-]\w+)*|([^\w\s])\1*')
 
 def word_shape(
     word:str,       # as the text has it
@@ -326,8 +326,8 @@ def _spans(text, names):
 
 def _without(text, spans):
     for a, b in reversed(spans):
-        if a and text[a-1].isspace(): a -= 1
-        elif b < len(text) and text[b].isspace(): b += 1
+        apart = (not a or text[a-1].isspace()) and (b == len(text) or text[b].isspace())             # else it is glued to a word, and the blank is the word's
+        if apart: a, b = (a-1, b) if a else (a, b+(b < len(text)))
         text = text[:a]+text[b:]
     return text
 
