@@ -183,19 +183,19 @@ def _evidence(self, some):
 _Neighbours._classes, _Neighbours._ordinary, _Neighbours._evidence = _classes, _ordinary, _evidence
 
 # %% ../nbs/35_spurious.ipynb #2875d55a
-def _weighed(c, labels, some, least, tried=None):
+def _weighed(c, labels, some, least, tried):
     "The table of all candidates; only those whose label speaks for them are worth a look at their neighbours."
     classes = sorted(set(labels), key=str); y = np.array([classes.index(x) for x in labels]); kinds = np.array([i.kind for i in some])
     who = np.repeat(np.arange(len(some)), [len(i.at) for i in some]); pair = np.unique(who*c.n+c.doc[np.concatenate([i.at for i in some])])
     who, doc = pair//c.n, pair % c.n; n = np.bincount(who, minlength=len(some)); K = np.array([np.bincount(who, y[doc] == j, len(some)) for j in range(len(classes))])
     each = np.array([_label_evidence(kinds, k, n) for k in K]); best = each.argmax(0); k = K[best, np.arange(len(some))]; size = np.bincount(y, minlength=len(classes))
     g2 = np.max([log_likelihood_ratio(K[j], n, size[j], c.n) for j in range(len(classes))], axis=0)
-    number = {kind: int((kinds == kind).sum()) for kind in np.unique(kinds)} | (tried or {})
+    number = {kind: int((kinds == kind).sum()) for kind in np.unique(kinds)} | tried
     text = lambda x: pd.Series(x, dtype=object)                                             # a lone surrogate is no string to arrow
     t = pd.DataFrame(dict(kind=kinds, item=text([i.item for i in some]), label=text([classes[j] for j in best]), rows=n, inside=k.astype(int), share=k/size[best], tied=each.max(0), placed=np.nan, g2=g2))
     ask = np.flatnonzero((t['tied'] > 0) & (n >= least)); words = [i for i in some if i.kind == 'word']
     if len(ask): t.loc[ask, 'placed'] = _Neighbours(c, words)._evidence([some[i] for i in ask])
-    t['tried'] = -np.log([number[x]*(len(classes)-(len(classes) == 2)) for x in kinds])
+    t['tried'] = -np.log([number[x]*len(number)*(len(classes)-(len(classes) == 2)) for x in kinds])
     total = (t['tied']+t['placed']+t['tried']).fillna(-np.inf); t['score'] = -np.logaddexp(-total, -t['tied']); t['p'] = np.exp(-t['score'].clip(lower=0))
     return t.sort_values(['score', 'tied'], ascending=False, kind='stable')
 
@@ -310,7 +310,7 @@ def scan_tokens(
     c = _Corpus(t.texts); some = _candidates(c, least); words = sum(i.kind == 'word' for i in some)
     if words < 50: raise DataError(f'Only {words} words occur in at least {least} places; the scan learns from ordinary words what is none, and wants 50. Give more rows.')
     balls, tried = _balls(c, np.array([[y == x for y in t.labels] for x in sorted(set(t.labels), key=str)]), encoder, least) if encoder else ([], 0)
-    return TokenScan(_weighed(c, t.labels, some+balls, least, dict(alike=max(tried, 1))), some+balls, c, rows, (text_field, label_field), -np.log(p))
+    return TokenScan(_weighed(c, t.labels, some+balls, least, dict(alike=tried) if tried else {}), some+balls, c, rows, (text_field, label_field), -np.log(p))
 
 # %% ../nbs/35_spurious.ipynb #25c82cbf
 def _encoder(name):
