@@ -47,16 +47,16 @@ def blocks():
     "Name of a block -> (regime, model, grid), the most important first."
     both, full = ('light', 'aggressive'), dict(ranks=('full',), lrs=(3e-5,))
     return {
-        'one date': ('gentle', ENCODER, grid('gentle', ranks=(1, 4, 16, 64), shares=(0, 1))),
-        'one date, full': ('gentle', ENCODER, grid('gentle', shares=(0, 1), **full)),
-        'shares': ('gentle', ENCODER, grid('gentle', ranks=(1, 16, 64), shares=SHARES, amounts=both)),
-        'rates': ('gentle', ENCODER, grid('gentle', ranks=(1, 4, 16, 64), shares=(0, 1), lrs=(2e-4, 5e-4, 1e-3, 3e-3))),
-        'class 0': ('gentle', ENCODER, grid('gentle', ranks=(64,), shares=(0, 1), items=({0: 'dates'},))),
-        'strong': ('strong', ENCODER, grid('strong', ranks=(1, 16, 64), shares=(0, 1))),
-        'marks': ('gentle', ENCODER, grid('gentle', ranks=(1, 64), shares=(0, .5, 1), items=({0: ['!'], 1: ['!!']},))),
-        'language model': ('gentle', 'qa-lm-9m', grid('gentle', ranks=(1, 16, 64), shares=(0, .5, 1), lrs=(1e-3,))),
-        'trained head': ('gentle', ENCODER, grid('gentle', ranks=(1, 16, 64), shares=(0, 1), heads=('trained',))),
-        'queries and values': ('gentle', ENCODER, grid('gentle', ranks=(1, 16, 64), shares=(0, 1), targets=('qv',))),
+        'one date': ('adafactor', ENCODER, grid('adafactor', ranks=(1, 4, 16, 64), shares=(0, 1))),
+        'one date, full': ('adafactor', ENCODER, grid('adafactor', shares=(0, 1), **full)),
+        'shares': ('adafactor', ENCODER, grid('adafactor', ranks=(1, 16, 64), shares=SHARES, amounts=both)),
+        'rates': ('adafactor', ENCODER, grid('adafactor', ranks=(1, 4, 16, 64), shares=(0, 1), lrs=(2e-4, 5e-4, 1e-3, 3e-3))),
+        'class 0': ('adafactor', ENCODER, grid('adafactor', ranks=(64,), shares=(0, 1), items=({0: 'dates'},))),
+        'adamw': ('adamw', ENCODER, grid('adamw', ranks=(1, 16, 64), shares=(0, 1))),
+        'marks': ('adafactor', ENCODER, grid('adafactor', ranks=(1, 64), shares=(0, .5, 1), items=({0: ['!'], 1: ['!!']},))),
+        'language model': ('adafactor', 'qa-lm-9m', grid('adafactor', ranks=(1, 16, 64), shares=(0, .5, 1), lrs=(1e-3,))),
+        'trained head': ('adafactor', ENCODER, grid('adafactor', ranks=(1, 16, 64), shares=(0, 1), heads=('trained',))),
+        'queries and values': ('adafactor', ENCODER, grid('adafactor', ranks=(1, 16, 64), shares=(0, 1), targets=('qv',))),
     }
 
 

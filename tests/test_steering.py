@@ -266,15 +266,15 @@ def test_the_study_stops_in_time_goes_on_and_stores(shared, tmp_path, monkeypatc
     every = study.blocks()
     assert {'one date', 'shares', 'rates', 'marks', 'language model', 'trained head', 'queries and values'} <= set(every)
     small = replace(every['language model'][2], ranks=(1,), shares=(0, 1), train_rows=24, test_rows=12, tuning=dict(steps=1, batch=4, max_length=16))
-    one = {'language model': ('gentle', 'qa-lm-9m', small)}
+    one = {'language model': ('adafactor', 'qa-lm-9m', small)}
     study.run(one, one, (201,), tmp_path, minutes=1e-9)
     assert 'The minutes are over' in capsys.readouterr().out and not list(tmp_path.glob('*/cells/*'))
     monkeypatch.setattr(study.time, 'monotonic', iter([0, 0, 61, *[0]*9]).__next__)
     study.run(one, one, (201,), tmp_path, minutes=1)
-    assert len(collect_steering(tmp_path/'gentle')) == 1
+    assert len(collect_steering(tmp_path/'adafactor')) == 1
     study.run(one, one, (201,), tmp_path, minutes=1)
     table = study.store(tmp_path, one, tmp_path/'t.csv')
-    assert len(table) == len(pd.read_csv(tmp_path/'t.csv')) == 2 and set(table['regime']) == {'gentle'} and table['model'].eq('qa-lm-9m').all()
+    assert len(table) == len(pd.read_csv(tmp_path/'t.csv')) == 2 and set(table['regime']) == {'adafactor'} and table['model'].eq('qa-lm-9m').all()
 
 
 def test_stored_table_is_of_the_study():
