@@ -1384,6 +1384,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                          'gradsentry_nb.obliviate._takes_past': ( 'obliviate.html#_takes_past',
                                                                                   'gradsentry_nb/obliviate.py'),
                                          'gradsentry_nb.obliviate._whole': ('obliviate.html#_whole', 'gradsentry_nb/obliviate.py'),
+                                         'gradsentry_nb.obliviate._wide': ('obliviate.html#_wide', 'gradsentry_nb/obliviate.py'),
                                          'gradsentry_nb.obliviate._with_peft': ('obliviate.html#_with_peft', 'gradsentry_nb/obliviate.py'),
                                          'gradsentry_nb.obliviate.add_houlsby': ( 'obliviate.html#add_houlsby',
                                                                                   'gradsentry_nb/obliviate.py'),

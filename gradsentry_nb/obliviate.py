@@ -10,7 +10,7 @@ __all__ = ['QUERIES', 'PEFT_KINDS', 'OBLIVIATE_PRESETS', 'TERMS', 'coefficient',
            'norm_matched', 'word_tokens', 'attention_mass', 'representations', 'cosine_to', 'scores_left',
            'pick_weights', 'frontier']
 
-# %% ../nbs/42_obliviate.ipynb #4d6bc1f1
+# %% ../nbs/42_obliviate.ipynb #6d202be0
 import copy, json, math, re, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +31,7 @@ from .core import DataError, ModelError, SettingError, choose, ticking, visible
 from .threshold import wilson
 from .train import ClassifySettings, TunedClassifier, class_names, head_names, lora_targets, pool_of, seeded, _adapters, _by_batch, _quiet, _settings, _text_batches, _tuned
 
-# %% ../nbs/42_obliviate.ipynb #52ac9c1f
+# %% ../nbs/42_obliviate.ipynb #7aaa99d3
 QUERIES = {'cls': 'the first token, which heads of encoders read', 'last': 'the last token, which heads of language models read', 'all': 'the mean over all tokens, for heads that read their mean'}
 PEFT_KINDS = {}    # name -> function(model, settings) that gives a classifier an adapter
 
@@ -72,7 +72,7 @@ class ObliviateSettings(ClassifySettings):
 
 OBLIVIATE_PRESETS = {'paper': {}}    # settings by name, as in `TRAIN_PRESETS`
 
-# %% ../nbs/42_obliviate.ipynb #c9b61009
+# %% ../nbs/42_obliviate.ipynb #51f1a10d
 class HoulsbyAdapter(nn.Module):
     "A layer with a bottleneck behind it and a straight line past the bottleneck (Houlsby et al. 2019)."
     def __init__(self,
@@ -111,7 +111,7 @@ def remove_houlsby(
     for n in _houlsby_names(model): model.set_submodule(n, model.get_submodule(n).layer)
     return model.requires_grad_(True)
 
-# %% ../nbs/42_obliviate.ipynb #7b2b61a7
+# %% ../nbs/42_obliviate.ipynb #ad1a3d5f
 def peft_kind(name):
     "Register a kind of adapter."
     def add(f):
@@ -140,7 +140,8 @@ def _houlsby(model, s):
     return model
 
 def _takes_past(model): return any('past_key_values' in signature(m.forward).parameters for m in (model, model.base_model))
-def _drop(p, encoder, args, out): return nn.functional.dropout(out, p, encoder.training)
+def _drop(p, body, args, kwargs):
+    for x in getattr(kwargs.get('past_key_values'), 'layers', [])*body.training: x.keys, x.values = (nn.functional.dropout(y, p) for y in (x.keys, x.values))
 
 @peft_kind('prefix')
 def _prefix(model, s):
@@ -150,7 +151,7 @@ def _prefix(model, s):
     most = positions(model)
     if most and s.length > most-2: raise SettingError(f'A prefix of length={s.length} leaves no room for a text in the {most} positions of this {type(model).__name__}.')
     tuned = get_peft_model(model, PrefixTuningConfig(task_type='SEQ_CLS', num_virtual_tokens=s.length, prefix_projection=s.bottleneck > 0, encoder_hidden_size=s.bottleneck or None, modules_to_save=head_modules(model)))
-    tuned.prompt_encoder['default'].register_forward_hook(partial(_drop, s.dropout))
+    model.base_model.register_forward_pre_hook(partial(_drop, s.dropout), with_kwargs=True)     # on what is used: what is saved must have no holes
     return tuned
 
 def with_peft(
@@ -169,7 +170,7 @@ def _with_peft(model, s):
             if _in_head(tuned, n): p.requires_grad_(False)
     return tuned
 
-# %% ../nbs/42_obliviate.ipynb #ec7f1bbd
+# %% ../nbs/42_obliviate.ipynb #355e41e8
 def peft_parameters(
     model,             # a model with an adapter
     trainable:bool=True,  # only what can be trained?
@@ -184,13 +185,15 @@ def peft_parameters(
     if not found: raise ModelError('None of the PEFT tensors of this model can be trained; load the adapter with is_trainable=True, or call requires_grad_(True) on it.')
     return found
 
+def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32))
+
 def amplification(
     model,             # with an adapter that can be trained
 )->torch.Tensor:       # L_amp, a number below 0
     "Less for a larger adapter: minus the sum of the L2 norms of its tensors."
-    return -torch.stack([torch.linalg.vector_norm(p.float()) for p in peft_parameters(model).values()]).sum()
+    return -torch.stack([torch.linalg.vector_norm(_wide(p)) for p in peft_parameters(model).values()]).sum()
 
-# %% ../nbs/42_obliviate.ipynb #b9f54350
+# %% ../nbs/42_obliviate.ipynb #14c54673
 class ScoreRows(NamedTuple):
     "What some queries of one layer say to its keys, before the softmax."
     scores:torch.Tensor    # [B, H, Q, K]; 0 where a key does not count
@@ -199,7 +202,7 @@ class ScoreRows(NamedTuple):
 
     def norm(self)->torch.Tensor: # [B]
         "Length of the rows: the mean over heads and queries."
-        found = torch.linalg.vector_norm(self.scores.float(), dim=-1)*self.queries[:, None]
+        found = torch.linalg.vector_norm(_wide(self.scores), dim=-1)*self.queries[:, None]
         return (found.sum(-1)/self.queries.sum(-1, keepdim=True)).mean(1)
     def attention(self)->torch.Tensor: # [B, H, Q, K]
         "What the softmax makes of the rows."
@@ -279,7 +282,7 @@ def attention_regularisation(
     with attention_rows(model, batch, query) as rows: model(**batch)
     return score_norm(rows)
 
-# %% ../nbs/42_obliviate.ipynb #f71756c7
+# %% ../nbs/42_obliviate.ipynb #4f6b02f4
 TERMS = {'ce': 'cross-entropy', 'amp': 'amplification', 'reg': 'norm of the attention scores'}
 
 def _check_labels(model, batch):
@@ -311,7 +314,7 @@ def obliviate_loss(
     with attention_rows(model, batch, query) if lambda_reg else nullcontext([]) as rows: ce = model(**batch).loss
     return _whole(model, ce, rows, lambda_amp, lambda_reg)
 
-# %% ../nbs/42_obliviate.ipynb #f2403b13
+# %% ../nbs/42_obliviate.ipynb #8478d6d6
 class ObliviateTrainer(Trainer):
     "transformers' Trainer with the two terms; `loss_ce`, `loss_amp` and `loss_reg`, before their weights, stand in its log."
     def __init__(self, *args,
@@ -336,7 +339,7 @@ class ObliviateTrainer(Trainer):
         if 'loss' in logs and self.seen: logs, self.sums, self.seen = logs | {f'loss_{k}': float(v)/self.seen for k, v in self.sums.items()}, {}, 0
         super().log(logs, *args, **kwargs)
 
-# %% ../nbs/42_obliviate.ipynb #a96b3005
+# %% ../nbs/42_obliviate.ipynb #36dc565d
 @dataclass(frozen=True, eq=False)
 class TunedAdapter(TunedClassifier):
     "A classifier with a trained adapter, defended or not; `log` has the parts of the loss."
@@ -374,7 +377,7 @@ def tune_adapter(
         if positions(model): s = replace(s, max_length=max(2, min(s.max_length, positions(model)-s.length)))     # text and prefix share the positions
     return _tuned(TunedAdapter, _with_peft, model, tokenizer, texts, labels, s, classes, seed, out, resume, progress, kind=ObliviateTrainer, options=dict(weights, query=s.query))
 
-# %% ../nbs/42_obliviate.ipynb #8ece5658
+# %% ../nbs/42_obliviate.ipynb #2a9b9e02
 def save_peft(
     model,             # of `with_peft`
     path,              # a folder
@@ -408,7 +411,7 @@ def load_peft(
     model.load_state_dict(found, strict=False)
     return model.eval()
 
-# %% ../nbs/42_obliviate.ipynb #765f1f47
+# %% ../nbs/42_obliviate.ipynb #4cc57ffe
 def peft_norms(
     model,             # with an adapter
 )->dict:               # 'peft' and 'backbone': L2 norms, and their 'ratio'
@@ -432,7 +435,7 @@ def norm_matched(
             if p.any(): p.mul_(theirs[n].norm().to(p.device)/p.norm())
     return model
 
-# %% ../nbs/42_obliviate.ipynb #8b0e7e9f
+# %% ../nbs/42_obliviate.ipynb #742b2695
 def word_tokens(
     tokenizer,             # a fast one
     texts,                 # N strings
@@ -522,7 +525,7 @@ def scores_left(
             out[at] = torch.stack([r.norm() for r in rows]).mean(0).double().cpu().numpy()
     return out
 
-# %% ../nbs/42_obliviate.ipynb #ec427127
+# %% ../nbs/42_obliviate.ipynb #b36d6ebc
 def pick_weights(
     frame,             # `lambda_amp`, `lambda_reg` and `accuracy` of several runs, one of them with both weights 0
     drop:float=1.,     # points of accuracy that the defence may cost

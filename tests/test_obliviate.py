@@ -9,10 +9,10 @@ import transformers as tf
 
 from gradsentry_nb.core import DataError, ModelError, SettingError
 from gradsentry_nb.demo import demo_model_path
-from gradsentry_nb.obliviate import (PEFT_KINDS, QUERIES, ObliviateSettings, ObliviateTrainer, add_houlsby, amplification, attention_mass, attention_regularisation, attention_rows, cosine_to,
+from gradsentry_nb.obliviate import (QUERIES, ObliviateSettings, ObliviateTrainer, add_houlsby, amplification, attention_mass, attention_regularisation, attention_rows, cosine_to,
                                      frontier, head_modules, load_peft, norm_matched, obliviate_loss, peft_norms, peft_parameters, pick_weights, query_of, remove_houlsby, representations,
-                                     save_peft, score_norm, scores_left, tune_adapter, with_peft, word_tokens)
-from gradsentry_nb.train import load_classifier, lora_targets, pool_of, pooled, tune_classifier
+                                     save_peft, scores_left, tune_adapter, with_peft, word_tokens)
+from gradsentry_nb.train import load_classifier, pool_of, pooled, tune_classifier
 
 torch.set_num_threads(1)
 SMALL = dict(num_labels=2, initializer_range=.2)
@@ -152,7 +152,6 @@ def test_keys_of_a_prefix_are_keys(name):
 @pytest.mark.parametrize('name, kind', FITS)
 def test_gradients_of_both_terms(name, kind):
     model, batch = fitted(name, kind).double(), two()
-    if kind == 'prefix': model.base_model_torch_dtype = torch.float64
     ours = peft_parameters(model)
     loss = lambda: obliviate_loss(model, batch, .3, .7)
     whole, parts = loss()
@@ -163,10 +162,11 @@ def test_gradients_of_both_terms(name, kind):
         g = torch.Generator().manual_seed(1)
         way = {n: torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in ours.items()}
         ends = []
-        for by in (1e-6, -2e-6):
+        step, near = (1e-6, 1e-4) if name in ('bert', 'roberta', 'distilbert', 'gpt2') else (1e-3, 2e-2)          # the others compute some of it in float32
+        for by in (step, -2*step):
             for n, p in ours.items(): p.add_(way[n], alpha=by)
             ends.append(float(loss()[0]))
-    assert np.isclose((ends[0]-ends[1])/2e-6, sum(float((p.grad*way[n]).sum()) for n, p in ours.items()), rtol=1e-4, atol=1e-6)
+    assert np.isclose((ends[0]-ends[1])/2/step, sum(float((p.grad*way[n]).sum()) for n, p in ours.items()), rtol=near, atol=1e-6)
 
 
 def test_zero_has_no_direction():
@@ -200,7 +200,7 @@ def test_what_an_adapter_adds(name, kind, tok, tmp_path):
     again = load_peft(made(name), tmp_path)
     assert np.allclose(type(found)(again, tok, found.settings, found.log, [], found.classes).logits(TEXTS), found.logits(TEXTS), atol=1e-5)
     norms = peft_norms(found.model)
-    assert np.isclose(norms['backbone']**2, sum(float(v.double().square().sum()) for k, v in made(name).named_parameters() if not inside(k)), rtol=1e-6)
+    assert np.isclose(norms['backbone']**2, sum(float(v.detach().double().square().sum()) for k, v in made(name).named_parameters() if not inside(k)), rtol=1e-6)
     if kind != 'prefix': assert np.isclose(norms['peft'], peft_norms(again)['peft'])
 
 
@@ -233,7 +233,7 @@ def test_the_terms_do_what_they_say(tok):
     assert norm['amp'] > 1.2*norm['none'] and left['reg'] < .7*left['none'], (norm, left)
     control = norm_matched(runs['none'].model, runs['amp'].model)
     a, b = peft_parameters(control), peft_parameters(runs['amp'].model)
-    assert all(np.isclose(float(a[n].norm()), float(b[n].norm())) for n in a) and not np.isclose(peft_norms(runs['none'].model)['peft'], norm['amp'])
+    assert all(np.isclose(a[n].norm().item(), b[n].norm().item()) for n in a) and not np.isclose(peft_norms(runs['none'].model)['peft'], norm['amp'])
     assert all(torch.allclose(torch.nn.functional.cosine_similarity(a[n].flatten(), p.flatten(), 0), torch.ones(())) for n, p in peft_parameters(runs['none'].model).items())
 
 
@@ -289,8 +289,8 @@ def test_a_loss_that_is_no_number(where, said, tmp_path):
 
 def test_one_term_alone_that_is_no_number():
     model = fitted('bert', 'lora')
-    with torch.no_grad(): peft_parameters(model)[next(iter(peft_parameters(model)))].mul_(1e30)
-    with pytest.raises(ModelError, match='is no longer a number; take a smaller lr'): obliviate_loss(model.double(), two(), lambda_amp=.1)
+    with torch.no_grad(): peft_parameters(model)[next(iter(peft_parameters(model)))].mul_(1e25)
+    with pytest.raises(ModelError, match='^amplification is no longer a number; take a smaller lr'): obliviate_loss(model, two(), lambda_amp=.1)
 
 
 # ---- what the head reads
@@ -329,14 +329,14 @@ def test_attention_on_words(name, tok):
     model = made(name)
     eager = made(name, attn_implementation='eager')
     eager.load_state_dict(model.state_dict())
-    found, at = attention_mass(model, tok, TEXTS, ['film', 'is']), word_tokens(tok, TEXTS, ['film', 'is'])
+    found, at = attention_mass(model, tok, TEXTS, ['the', 'is']), word_tokens(tok, TEXTS, ['the', 'is'])
     for i, x in enumerate(TEXTS[:6]):
         ids = torch.tensor([tok(x)['input_ids']])
         with torch.no_grad(): layers = eager(input_ids=ids, output_attentions=True).attentions
         row = -1 if name == 'llama' else 0
         assert np.allclose(found[i], [float(a[0, :, row, at[i]].sum(-1).mean()) for a in layers], atol=1e-5)
     assert np.ptp(found) > 1e-3
-    mixed = attention_mass(model, tok, [*TEXTS[:2], 'a book'], 'film', budget=20)
+    mixed = attention_mass(model, tok, [*TEXTS[:2], 'a book'], 'is', budget=20)
     assert np.isnan(mixed[2]).all() and not np.isnan(mixed[:2]).any()
 
 
@@ -347,13 +347,13 @@ def test_what_the_head_reads(name, tok):
     for i, x in enumerate(TEXTS[:8]):
         with torch.no_grad(): H = model.base_model(torch.tensor([tok(x)['input_ids']])).last_hidden_state[0]
         for q, v in dict(cls=H[0], last=H[-1], all=H.mean(0)).items(): assert np.allclose(R[q][i], v, atol=1e-5)
-    assert np.allclose(representations(model, tok, TEXTS), R['last' if name == 'llama' else 'cls'])
+    assert np.allclose(representations(model, tok, TEXTS), R['last' if name == 'llama' else 'cls'], atol=1e-5)
     assert np.allclose(cosine_to([[1, 0], [1, 1], [-2, 0]], [3, 0]), [1, math.sqrt(.5), -1])
 
 
 def test_words_in_pieces(tok, recwarn):
     piece = next(w for w in ('film', 'the', 'is', 'good', 'was') if len(tok(f'a {w} b', add_special_tokens=False)['input_ids'])-len(tok('a b', add_special_tokens=False)['input_ids']) == 1)
-    assert [x.sum() for x in word_tokens(tok, [f'a {piece} b', f'a {piece}x b', f'{piece}, {piece}'], piece)] == [1, 0, 2] and not len(recwarn)
+    assert [x.sum() for x in word_tokens(tok, [f'a {piece} b', f'a {piece}x b', f'a {piece}, a {piece}'], piece)] == [1, 0, 2] and not len(recwarn)
     with pytest.warns(UserWarning, match=r"'antidisestablishment' is split into \d+ pieces by this tokenizer"): found = word_tokens(tok, ['an antidisestablishment'], 'antidisestablishment')
     assert found[0].sum() > 1
     with pytest.raises(DataError, match='None of the 24 texts has any of the words'): attention_mass(made('bert'), tok, TEXTS, 'cf')
@@ -380,7 +380,7 @@ def test_kinds_that_do_not_fit(tok):
     for name in FAMILIES.keys()-TAKES_PREFIX:
         with pytest.raises(SettingError, match="takes no keys and values from before the text; 'lora' and 'houlsby' fit it"): with_peft(made(name), 'prefix')
     with pytest.raises(SettingError, match='it has attn.c_attn, attn.c_proj'): with_peft(made('gpt2'), 'lora')
-    with pytest.raises(SettingError, match="no kind 'adapters'.*Did you mean"): with_peft(made('bert'), 'adapters' if 'adapters' in PEFT_KINDS else 'loraa')
+    with pytest.raises(SettingError, match="no kind 'loraa'; choose one of 'lora', 'houlsby', 'prefix'. Did you mean 'lora'"): with_peft(made('bert'), 'loraa')
     with pytest.raises(SettingError, match='length=63 leaves no room'): with_peft(made('bert'), 'prefix', length=63)
     with pytest.raises(ModelError, match='carries an adapter already'): with_peft(fitted('bert', 'houlsby'))
     with pytest.raises(ModelError, match='carries an adapter already'): with_peft(fitted('bert', 'lora'), 'houlsby')
@@ -408,13 +408,13 @@ def test_folders_that_do_not_fit(tmp_path):
 
 def test_models_whose_scores_cannot_be_read():
     model = made('bert').train()
-    model.gradient_checkpointing_enable()
+    for m in model.modules():
+        if hasattr(m, 'gradient_checkpointing'): m.gradient_checkpointing = True
     with pytest.raises(ModelError, match=r'turn it off: model.gradient_checkpointing_disable\(\)'): attention_regularisation(model, two())
-    model.gradient_checkpointing_disable()
+    for m in model.modules(): m.__dict__.pop('gradient_checkpointing', None)
     assert float(attention_regularisation(model, two())) > 0
     both = tf.BartForSequenceClassification(tf.BartConfig(vocab_size=99, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16))
     with pytest.raises(ModelError, match='an encoder and a decoder'): attention_regularisation(both, two())
     with pytest.raises(ModelError, match='showed no attention scores'), attention_rows(made('bert'), two()): pass
     with pytest.raises(ZeroDivisionError), attention_rows(made('bert'), two()): 1/0                 # an error of the model's own stays what it is
     with pytest.raises(DataError, match='The batch has no labels'): obliviate_loss(made('bert'), {k: v for k, v in two().items() if k != 'labels'})
-    assert float(score_norm([])) if False else lora_targets(made('deberta-v2'), 'qv')[0].endswith('query_proj')
