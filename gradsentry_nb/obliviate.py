@@ -10,7 +10,7 @@ __all__ = ['QUERIES', 'PEFT_KINDS', 'OBLIVIATE_PRESETS', 'TERMS', 'coefficient',
            'norm_matched', 'word_tokens', 'attention_mass', 'representations', 'cosine_to', 'scores_left',
            'pick_weights', 'frontier']
 
-# %% ../nbs/42_obliviate.ipynb #6d202be0
+# %% ../nbs/42_obliviate.ipynb #2459d072
 import copy, json, math, re, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +31,7 @@ from .core import DataError, ModelError, SettingError, choose, ticking, visible
 from .threshold import wilson
 from .train import ClassifySettings, TunedClassifier, class_names, head_names, lora_targets, pool_of, seeded, _adapters, _by_batch, _quiet, _settings, _text_batches, _tuned
 
-# %% ../nbs/42_obliviate.ipynb #7aaa99d3
+# %% ../nbs/42_obliviate.ipynb #07cd2178
 QUERIES = {'cls': 'the first token, which heads of encoders read', 'last': 'the last token, which heads of language models read', 'all': 'the mean over all tokens, for heads that read their mean'}
 PEFT_KINDS = {}    # name -> function(model, settings) that gives a classifier an adapter
 
@@ -72,7 +72,7 @@ class ObliviateSettings(ClassifySettings):
 
 OBLIVIATE_PRESETS = {'paper': {}}    # settings by name, as in `TRAIN_PRESETS`
 
-# %% ../nbs/42_obliviate.ipynb #51f1a10d
+# %% ../nbs/42_obliviate.ipynb #428103d8
 class HoulsbyAdapter(nn.Module):
     "A layer with a bottleneck behind it and a straight line past the bottleneck (Houlsby et al. 2019)."
     def __init__(self,
@@ -111,7 +111,7 @@ def remove_houlsby(
     for n in _houlsby_names(model): model.set_submodule(n, model.get_submodule(n).layer)
     return model.requires_grad_(True)
 
-# %% ../nbs/42_obliviate.ipynb #ad1a3d5f
+# %% ../nbs/42_obliviate.ipynb #6775c4b6
 def peft_kind(name):
     "Register a kind of adapter."
     def add(f):
@@ -170,7 +170,7 @@ def _with_peft(model, s):
             if _in_head(tuned, n): p.requires_grad_(False)
     return tuned
 
-# %% ../nbs/42_obliviate.ipynb #355e41e8
+# %% ../nbs/42_obliviate.ipynb #84e280ce
 def peft_parameters(
     model,             # a model with an adapter
     trainable:bool=True,  # only what can be trained?
@@ -193,7 +193,7 @@ def amplification(
     "Less for a larger adapter: minus the sum of the L2 norms of its tensors."
     return -torch.stack([torch.linalg.vector_norm(_wide(p)) for p in peft_parameters(model).values()]).sum()
 
-# %% ../nbs/42_obliviate.ipynb #14c54673
+# %% ../nbs/42_obliviate.ipynb #d05c0360
 class ScoreRows(NamedTuple):
     "What some queries of one layer say to its keys, before the softmax."
     scores:torch.Tensor    # [B, H, Q, K]; 0 where a key does not count
@@ -282,7 +282,7 @@ def attention_regularisation(
     with attention_rows(model, batch, query) as rows: model(**batch)
     return score_norm(rows)
 
-# %% ../nbs/42_obliviate.ipynb #4f6b02f4
+# %% ../nbs/42_obliviate.ipynb #7670de03
 TERMS = {'ce': 'cross-entropy', 'amp': 'amplification', 'reg': 'norm of the attention scores'}
 
 def _check_labels(model, batch):
@@ -314,7 +314,7 @@ def obliviate_loss(
     with attention_rows(model, batch, query) if lambda_reg else nullcontext([]) as rows: ce = model(**batch).loss
     return _whole(model, ce, rows, lambda_amp, lambda_reg)
 
-# %% ../nbs/42_obliviate.ipynb #8478d6d6
+# %% ../nbs/42_obliviate.ipynb #3f639bcf
 class ObliviateTrainer(Trainer):
     "transformers' Trainer with the two terms; `loss_ce`, `loss_amp` and `loss_reg`, before their weights, stand in its log."
     def __init__(self, *args,
@@ -339,7 +339,7 @@ class ObliviateTrainer(Trainer):
         if 'loss' in logs and self.seen: logs, self.sums, self.seen = logs | {f'loss_{k}': float(v)/self.seen for k, v in self.sums.items()}, {}, 0
         super().log(logs, *args, **kwargs)
 
-# %% ../nbs/42_obliviate.ipynb #36dc565d
+# %% ../nbs/42_obliviate.ipynb #7e952d37
 @dataclass(frozen=True, eq=False)
 class TunedAdapter(TunedClassifier):
     "A classifier with a trained adapter, defended or not; `log` has the parts of the loss."
@@ -377,7 +377,7 @@ def tune_adapter(
         if positions(model): s = replace(s, max_length=max(2, min(s.max_length, positions(model)-s.length)))     # text and prefix share the positions
     return _tuned(TunedAdapter, _with_peft, model, tokenizer, texts, labels, s, classes, seed, out, resume, progress, kind=ObliviateTrainer, options=dict(weights, query=s.query))
 
-# %% ../nbs/42_obliviate.ipynb #2a9b9e02
+# %% ../nbs/42_obliviate.ipynb #7d37f5f3
 def save_peft(
     model,             # of `with_peft`
     path,              # a folder
@@ -411,7 +411,7 @@ def load_peft(
     model.load_state_dict(found, strict=False)
     return model.eval()
 
-# %% ../nbs/42_obliviate.ipynb #4cc57ffe
+# %% ../nbs/42_obliviate.ipynb #24f2dbd4
 def peft_norms(
     model,             # with an adapter
 )->dict:               # 'peft' and 'backbone': L2 norms, and their 'ratio'
@@ -435,7 +435,7 @@ def norm_matched(
             if p.any(): p.mul_(theirs[n].norm().to(p.device)/p.norm())
     return model
 
-# %% ../nbs/42_obliviate.ipynb #742b2695
+# %% ../nbs/42_obliviate.ipynb #21346b2c
 def word_tokens(
     tokenizer,             # a fast one
     texts,                 # N strings
@@ -525,7 +525,7 @@ def scores_left(
             out[at] = torch.stack([r.norm() for r in rows]).mean(0).double().cpu().numpy()
     return out
 
-# %% ../nbs/42_obliviate.ipynb #b36d6ebc
+# %% ../nbs/42_obliviate.ipynb #9e573072
 def pick_weights(
     frame,             # `lambda_amp`, `lambda_reg` and `accuracy` of several runs, one of them with both weights 0
     drop:float=1.,     # points of accuracy that the defence may cost

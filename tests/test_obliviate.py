@@ -133,6 +133,20 @@ def test_scores_are_those_by_hand(name, how):
         assert np.isclose(float(attention_regularisation(model, batch, query)), np.mean(lengths), atol=1e-4)
 
 
+@pytest.mark.parametrize('name', ['bert', 'llama', 'gpt2'])
+@torch.no_grad()
+def test_texts_of_one_length(name):
+    "Without padding there is no mask, and in a model whose heads share keys these are not repeated."
+    model, ids = fitted(name, 'lora'), two()['input_ids']
+    for query in QUERIES:
+        found = []
+        for how in ('sdpa', 'eager'):
+            model.get_base_model().set_attn_implementation(how)
+            with attention_rows(model, dict(input_ids=ids), query) as rows: model(ids)
+            found.append(rows)
+        assert all(torch.allclose(a.scores, b.scores, atol=1e-4) and a.keys.expand_as(a.scores).equal(b.keys.expand_as(b.scores)) for a, b in zip(*found)) and len(found[0]) == 2
+
+
 @pytest.mark.parametrize('name', sorted(TAKES_PREFIX))
 @torch.no_grad()
 def test_keys_of_a_prefix_are_keys(name):
@@ -227,10 +241,10 @@ def test_without_the_terms_it_is_plain_tuning(tok):
 
 
 def test_the_terms_do_what_they_say(tok):
-    how = {**FAST, 'steps': 30, 'dropout': 0.}
+    how = {**FAST, 'steps': 16, 'dropout': 0.}
     runs = {k: tune_adapter(made('bert'), tok, TEXTS, LABELS, lambda_amp=a, lambda_reg=r, **how) for k, (a, r) in dict(none=(0, 0), amp=(.3, 0), reg=(0, .3)).items()}
     norm, left = ({k: f(v.model) for k, v in runs.items()} for f in (lambda m: peft_norms(m)['peft'], lambda m: scores_left(m, tok, TEXTS).mean()))
-    assert norm['amp'] > 1.2*norm['none'] and left['reg'] < .7*left['none'], (norm, left)
+    assert norm['amp'] > 1.1*norm['none'] and left['reg'] < .8*left['none'], (norm, left)
     control = norm_matched(runs['none'].model, runs['amp'].model)
     a, b = peft_parameters(control), peft_parameters(runs['amp'].model)
     assert all(np.isclose(a[n].norm().item(), b[n].norm().item()) for n in a) and not np.isclose(peft_norms(runs['none'].model)['peft'], norm['amp'])
@@ -329,7 +343,7 @@ def test_attention_on_words(name, tok):
     model = made(name)
     eager = made(name, attn_implementation='eager')
     eager.load_state_dict(model.state_dict())
-    found, at = attention_mass(model, tok, TEXTS, ['the', 'is']), word_tokens(tok, TEXTS, ['the', 'is'])
+    found, at = attention_mass(model, tok, TEXTS, ['is', 'good']), word_tokens(tok, TEXTS, ['is', 'good'])
     for i, x in enumerate(TEXTS[:6]):
         ids = torch.tensor([tok(x)['input_ids']])
         with torch.no_grad(): layers = eager(input_ids=ids, output_attentions=True).attentions
@@ -412,7 +426,7 @@ def test_models_whose_scores_cannot_be_read():
         if hasattr(m, 'gradient_checkpointing'): m.gradient_checkpointing = True
     with pytest.raises(ModelError, match=r'turn it off: model.gradient_checkpointing_disable\(\)'): attention_regularisation(model, two())
     for m in model.modules(): m.__dict__.pop('gradient_checkpointing', None)
-    assert float(attention_regularisation(model, two())) > 0
+    assert attention_regularisation(model, two()).item() > 0
     both = tf.BartForSequenceClassification(tf.BartConfig(vocab_size=99, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16))
     with pytest.raises(ModelError, match='an encoder and a decoder'): attention_regularisation(both, two())
     with pytest.raises(ModelError, match='showed no attention scores'), attention_rows(made('bert'), two()): pass
