@@ -149,7 +149,7 @@ def _prefix(model, s):
     if not _takes_past(model):
         raise SettingError(f'kind="prefix": a {type(model).__name__} takes no keys and values from before the text; {" and ".join(repr(k) for k in PEFT_KINDS if k != "prefix")} fit it.')
     most = positions(model)
-    if most and s.length > most-2: raise SettingError(f'A prefix of length={s.length} leaves no room for a text in the {most} positions of this {type(model).__name__}.')
+    if most and s.length > most-4: raise SettingError(f'A prefix of length={s.length} leaves no room for a text in the {most} positions of this {type(model).__name__}.')
     tuned = get_peft_model(model, PrefixTuningConfig(task_type='SEQ_CLS', num_virtual_tokens=s.length, prefix_projection=s.bottleneck > 0, encoder_hidden_size=s.bottleneck or None, modules_to_save=head_modules(model)))
     model.base_model.register_forward_pre_hook(partial(_drop, s.dropout), with_kwargs=True)     # on what is used: what is saved must have no holes
     return tuned
@@ -374,7 +374,7 @@ def tune_adapter(
     s = _settings(ObliviateSettings, OBLIVIATE_PRESETS, preset, 'lora', {**changes, 'kind': kind, **weights})
     if s.kind == 'prefix':
         if out is not None and s.bottleneck: raise SettingError("peft's checkpoints hold a prefix and not the network that makes it, so a run cannot go on from them; give bottleneck=0, or no out=.")
-        if positions(model): s = replace(s, max_length=max(2, min(s.max_length, positions(model)-s.length)))     # text and prefix share the positions
+        if positions(model): s = replace(s, max_length=max(2, min(s.max_length, positions(model)-s.length-2)))     # text and prefix share the positions, which a RoBERTa counts from 2
     return _tuned(TunedAdapter, _with_peft, model, tokenizer, texts, labels, s, classes, seed, out, resume, progress, kind=ObliviateTrainer, options=dict(weights, query=s.query))
 
 # %% ../nbs/42_obliviate.ipynb #7d37f5f3

@@ -183,6 +183,16 @@ def test_gradients_of_both_terms(name, kind):
     assert np.isclose((ends[0]-ends[1])/2/step, sum(float((p.grad*way[n]).sum()) for n, p in ours.items()), rtol=near, atol=1e-6)
 
 
+def test_a_language_model_with_an_adapter_of_its_own():
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    model = get_peft_model(tf.LlamaForCausalLM(copy.deepcopy(FAMILIES['llama'])), LoraConfig(task_type='CAUSAL_LM', r=2))
+    ids = two()['input_ids']
+    loss, parts = obliviate_loss(model, dict(input_ids=ids, labels=ids), 1e-3, 1e-2)
+    loss.backward()
+    assert torch.isclose(loss, parts['ce']+1e-3*parts['amp']+1e-2*parts['reg']) and all(p.grad is not None for p in peft_parameters(model).values()) and len(peft_parameters(model)) == 8
+
+
 def test_zero_has_no_direction():
     model = with_peft(made('bert'), 'lora')
     (amplification(model)+attention_regularisation(model, two())).backward()
@@ -331,8 +341,10 @@ def test_heads_that_read_the_mean(name, tok, tmp_path):
 
 def test_a_mean_under_a_prefix(tok):
     found = tune_adapter(pooled(made('bert'), 'mean'), tok, TEXTS, LABELS, 'prefix', **FAST)
+    long = tune_adapter(made('roberta'), tok, ['good '*80, 'bad '*80]*4, [1, 0]*4, 'prefix', **FAST)
+    assert np.isfinite(long.logits(['is '*90])).all(), 'a text that fills all positions'
     one = np.concatenate([found.logits([x]) for x in TEXTS])
-    assert np.allclose(found.logits(TEXTS), one, atol=1e-5) and found.settings.max_length == 61
+    assert np.allclose(found.logits(TEXTS), one, atol=1e-5) and found.settings.max_length == 59
     assert np.allclose(scores_left(found.model, tok, TEXTS), scores_left(found.model, tok, TEXTS, 'all')) and not np.allclose(scores_left(found.model, tok, TEXTS), scores_left(found.model, tok, TEXTS, 'cls'))
 
 
@@ -395,7 +407,7 @@ def test_kinds_that_do_not_fit(tok):
         with pytest.raises(SettingError, match="takes no keys and values from before the text; 'lora' and 'houlsby' fit it"): with_peft(made(name), 'prefix')
     with pytest.raises(SettingError, match='it has attn.c_attn, attn.c_proj'): with_peft(made('gpt2'), 'lora')
     with pytest.raises(SettingError, match="no kind 'loraa'; choose one of 'lora', 'houlsby', 'prefix'. Did you mean 'lora'"): with_peft(made('bert'), 'loraa')
-    with pytest.raises(SettingError, match='length=63 leaves no room'): with_peft(made('bert'), 'prefix', length=63)
+    with pytest.raises(SettingError, match='length=61 leaves no room'): with_peft(made('bert'), 'prefix', length=61)
     with pytest.raises(ModelError, match='carries an adapter already'): with_peft(fitted('bert', 'houlsby'))
     with pytest.raises(ModelError, match='carries an adapter already'): with_peft(fitted('bert', 'lora'), 'houlsby')
     with pytest.raises(SettingError, match='give bottleneck=0, or no out='): tune_adapter(made('bert'), tok, TEXTS, LABELS, 'prefix', out='nowhere', progress=False)
