@@ -29,7 +29,7 @@ from transformers import Trainer
 from .capture import evaluating, positions
 from .core import DataError, ModelError, SettingError, choose, ticking, visible
 from .threshold import wilson
-from .train import ClassifySettings, TunedClassifier, class_names, head_names, lora_targets, pool_of, seeded, _adapters, _by_batch, _quiet, _settings, _text_batches, _tuned
+from .train import ClassifySettings, TunedClassifier, class_names, head_names, lora_targets, pool_of, _adapters, _by_batch, _quiet, _settings, _text_batches, _tuned
 
 # %% ../nbs/42_obliviate.ipynb #07cd2178
 QUERIES = {'cls': 'the first token, which heads of encoders read', 'last': 'the last token, which heads of language models read', 'all': 'the mean over all tokens, for heads that read their mean'}
@@ -495,7 +495,8 @@ def representations(
     for at, L, found in _by_batch(model, tokenizer, texts, max_length, budget, output_hidden_states=True):
         H = found.hidden_states[-1].double()                                                                     # [B, S, d]
         inside = (torch.arange(H.shape[1], device=H.device) < L[:, None])[..., None]
-        R = dict(cls=lambda: H[:, 0], last=lambda: H[torch.arange(len(H), device=H.device), L-1], all=lambda: (H*inside).sum(1)/L[:, None])[query]()
+        if query == 'all': R = (H*inside).sum(1)/L[:, None]
+        else: R = H[torch.arange(len(H), device=H.device), L-1 if query == 'last' else 0*L]
         if out is None: out = np.zeros((len(texts), H.shape[-1]))
         out[at] = R.cpu().numpy()
     return np.zeros((0, 0)) if out is None else out
