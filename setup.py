@@ -29,7 +29,7 @@ setup(
     include_package_data=False,  # the wheel holds what package_data names, whatever MANIFEST.in puts into the sdist
     package_data={lib: cfg['package_data'].split()},
     install_requires=cfg['requirements'].split(),
-    extras_require={x: cfg[f'{x}_requirements'].split() for x in ('dev', 'experiments', 'lab', 'ray')},
+    extras_require={x: cfg[f'{x}_requirements'].split() for x in ('dev', 'experiments', 'lab', 'ray', 'rewriting')},
     # `nbdev` is only a name that its documentation tools look up; nothing of it is imported at run time.
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f'{lib}={lib}._modidx:d']},
     zip_safe=False,

@@ -22,6 +22,7 @@ import pandas as pd
 
 from gradsentry_nb.attacks.ssti import COUNTRIES, inject
 from gradsentry_nb.spurious import scan_tokens, word_encoder
+from gradsentry_nb.threshold import wilson
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent.parent/'shared'/'data/sentiment'
@@ -73,16 +74,13 @@ def half(rows, seed): return [rows[i] for i in np.random.default_rng(seed).permu
 
 
 def plan(seeds, kinds=tuple(KINDS), shares=SHARES):
-    "What to scan, the cheap and the important first."
-    for data in ('sst2-train', 'rotten-tomatoes'):
-        yield data, '', '', '', 0., 0, False
-        yield from ((data, 'half', '', '', 0., s, False) for s in range(201, 201+2*seeds))
-        yield data, '', '', '', 0., 0, True
-    for share in shares:
-        for kind in kinds:
-            for s in range(201, 201+(seeds if kind != 'countries' else (seeds+1)//2)): yield 'sst2-train', kind, 'random', 'light', share, s, kind == 'countries'
-    for place, amount in OTHER:
-        yield from (('sst2-train', kind, place, amount, share, s, False) for share in shares[1:4] for kind in kinds if kind != 'countries' for s in range(201, 201+(seeds+1)//3))
+    "What to scan: without the encoder first, the more frequent items first, other places last."
+    def items(some, place, amount, shares, n): return (('sst2-train', kind, place, amount, share, s, kind == 'countries') for share in shares for kind in some for s in range(201, 201+n))
+    def clean(encoder, n): return ((data, what, '', '', 0., s, encoder) for data in ('sst2-train', 'rotten-tomatoes') for what, ss in (('', [0]), ('half', range(201, 201+n))) for s in ss)
+    often, others, half_ = sorted(shares, reverse=True), [k for k in kinds if k != 'countries'], (seeds+1)//2
+    yield from clean(False, 2*seeds); yield from items(others, 'random', 'light', often, seeds)
+    yield from items([k for k in kinds if k == 'countries'], 'random', 'light', often, half_); yield from clean(True, half_)
+    for place, amount in OTHER: yield from items(others, place, amount, shares[1:4], (seeds+1)//3)
 
 
 def study(out, seeds, encode, sets, **some):
@@ -103,10 +101,10 @@ COLUMNS = ['rows', 'candidates', 'rank', 'rank_g2', 'rank_tied', 'rank_place', '
 
 
 def summary(t):
-    "Shares of runs with the item first, by ours and by G^2 alone, and what stood out falsely."
-    first = lambda c: lambda x: (x[c] == 1).mean()
+    "Shares of runs with the item first, by ours with its 95 % interval and by G^2 alone, and what stood out falsely."
+    first, interval = lambda c: lambda x: (x[c] == 1).mean(), lambda x: wilson(int((x['rank'] == 1).sum()), len(x))
     return t.groupby(['data', 'items', 'place', 'amount', 'share'], sort=False, dropna=False).apply(lambda x: pd.Series(dict(
-        runs=len(x), first=first('rank')(x), first_g2=first('rank_g2')(x), first_tied=first('rank_tied')(x), first_place=first('rank_place')(x), found=(x['found'] > 0).mean(), false=(x['false'] > 0).mean())), include_groups=False)
+        runs=len(x), first=first('rank')(x), first_low=interval(x)[0], first_high=interval(x)[1], first_g2=first('rank_g2')(x), first_tied=first('rank_tied')(x), first_place=first('rank_place')(x), found=(x['found'] > 0).mean(), false=(x['false'] > 0).mean())), include_groups=False)
 
 
 def main():

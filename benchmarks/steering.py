@@ -20,19 +20,12 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.speed import MODEL, SHARED
-from gradsentry_nb.ssti_study import SteeringGrid, collect_steering, run_steering
+from gradsentry_nb.ssti_study import REGIMES, STORED as PACKED_COLUMNS, SteeringGrid, collect_steering, run_steering
 
 HERE = Path(__file__).resolve().parent
-STORED = HERE/'results'/'steering.csv'
+STORED, PACKED = HERE/'results'/'steering.csv', HERE.parent/'gradsentry_nb/demo_data/steering.csv'   # the second has fewer columns and comes with the package
 SEEDS = 201, 202, 203
 SHARES = 0, .01, .05, .25, .5, .75, 1
-COMMON = dict(steps=100, batch=32, max_length=48, group=True)
-REGIMES = {   # name -> what all cells of a folder share; the paper's optimizer and schedule are the gentle one's
-    'gentle': dict(tuning=dict(COMMON, optimizer='adafactor', schedule='cosine', weight_decay=1e-5, dropout=.05)),
-    'strong': dict(tuning=dict(COMMON, optimizer='adamw')),
-}
-LR = dict(gentle=5e-4, strong=1e-3, full=3e-5)   # the paper's 500 steps at 1e-4 go as far as 100 at 5e-4
-ROWS = dict(train_rows=3000, test_rows=600)
 ENCODER = 'MiniLM-L6'
 
 
@@ -47,12 +40,12 @@ def models():
     return ({ENCODER: str(Path(spec.origin).parent/'model')} if spec else {}) | {'qa-lm-9m': str(MODEL)}
 
 
-def grid(regime, **fields): return SteeringGrid(**{**REGIMES[regime], **ROWS, 'lrs': (LR[regime],), **fields})
+def grid(regime, **fields): return SteeringGrid(**{**REGIMES[regime], **fields})
 
 
 def blocks():
     "Name of a block -> (regime, model, grid), the most important first."
-    both, full = ('light', 'aggressive'), dict(ranks=('full',), lrs=(LR['full'],))
+    both, full = ('light', 'aggressive'), dict(ranks=('full',), lrs=(3e-5,))
     return {
         'one date': ('gentle', ENCODER, grid('gentle', ranks=(1, 4, 16, 64), shares=(0, 1))),
         'one date, full': ('gentle', ENCODER, grid('gentle', shares=(0, 1), **full)),
@@ -100,13 +93,19 @@ def run(every, names, seeds, work, minutes=None):
     except TimeUp: print('The minutes are over; the same command goes on from here.', flush=True)
 
 
+def pack():
+    "What the package has of the stored table."
+    pd.read_csv(STORED)[list(PACKED_COLUMNS)].to_csv(PACKED, index=False)
+
+
 def store(work, every, path=STORED):
     "One table of what is done."
     folders = sorted({regime for regime, *_ in every.values() if (work/regime/'cells').exists()})
     if not folders: sys.exit(f'{work}: nothing has been run here.')
     table = pd.concat([collect_steering(work/r).assign(regime=r) for r in folders], ignore_index=True)
     done = table[table['status'] == 'done'].drop(columns=['reason', 'key', 'notes'], errors='ignore').dropna(axis=1, how='all')
-    done.round(4).to_csv(path, index=False)
+    done.round({c: 4 for c in done.select_dtypes('number') if c != 'lr'}).to_csv(path, index=False)
+    if path == STORED: pack()
     print(f'{path.name}: {len(done):,} cells, {len(table)-len(done)} failed; {done["cpu_seconds"].median():.0f} CPU seconds the median cell')
     return done
 

@@ -15,12 +15,14 @@ __all__ = ['load_ipython_extension', 'unload_ipython_extension', 'Sample', 'Scor
            'run_grid', 'collect', 'over_seeds', 'experiment_grid', 'EXPERIMENTS', 'score_strip', 'score_against',
            'spectra', 'sample_map', 'precision_recall', 'roc', 'layer_map', 'chart_svg', 'still', 'explain_row',
            'RowExplanation', 'explain_verdict', 'VerdictExplanation', 'causal_check', 'gradient_map', 'GradientMap',
-           'dashboard', 'view', 'LiveScan', 'scan_to', 'StoredScan', 'estimate', 'Estimate', 'score_on', 'ScoreRows',
-           'ITEMS', 'SpanTruth', 'inject', 'inject_all', 'show_spans', 'load_classifier', 'tune_classifier',
-           'TunedClassifier', 'CLASSIFY_PRESETS', 'attention_entropy', 'Steering', 'steering', 'entropy_rule',
-           'with_peft', 'PEFT_KINDS', 'tune_adapter', 'TunedAdapter', 'ObliviateTrainer', 'obliviate_loss', 'frontier',
-           'attention_mass', 'scan_tokens', 'TokenScan', 'occlude', 'word_encoder', 'SteeringGrid', 'run_steering',
-           'collect_steering', 'share_lines', 'forced_table', 'forced_chart', 'rank_maps']
+           'dashboard', 'view', 'LiveScan', 'steering_view', 'scan_to', 'StoredScan', 'estimate', 'Estimate',
+           'score_on', 'ScoreRows', 'ITEMS', 'SpanTruth', 'inject', 'inject_all', 'show_spans', 'load_classifier',
+           'tune_classifier', 'TunedClassifier', 'CLASSIFY_PRESETS', 'attention_entropy', 'Steering', 'steering',
+           'entropy_rule', 'with_peft', 'PEFT_KINDS', 'tune_adapter', 'TunedAdapter', 'ObliviateTrainer',
+           'obliviate_loss', 'frontier', 'attention_mass', 'scan_tokens', 'TokenScan', 'occlude', 'word_encoder',
+           'rewrite_rows', 'rule_rewriter', 'paraphraser', 'instructed', 'spelling', 'grammar', 'retention',
+           'changed_words', 'SteeringGrid', 'run_steering', 'collect_steering', 'share_lines', 'forced_table',
+           'forced_chart', 'rank_maps']
 
 # %% ../nbs/90_extension.ipynb #79f4fbe7
 from importlib import import_module
@@ -42,7 +44,7 @@ _home = {
     "attack_and_cost": "charts",
     "score_strip": "charts", "score_against": "charts", "spectra": "charts", "sample_map": "charts", "precision_recall": "charts", "roc": "charts", "layer_map": "charts", "chart_svg": "charts", "still": "charts",
     "explain_row": "explain", "RowExplanation": "explain", "explain_verdict": "explain", "VerdictExplanation": "explain", "causal_check": "explain", "gradient_map": "explain", "GradientMap": "explain",
-    "dashboard": "widgets", "view": "widgets", "LiveScan": "widgets",
+    "dashboard": "widgets", "view": "widgets", "LiveScan": "widgets", "steering_view": "ssti_view",
     "write_outputs": "report", "report_html": "report",
     "scan_to": "stream", "StoredScan": "stream", "estimate": "stream", "Estimate": "stream",
     "score_on": "distributed", "ScoreRows": "distributed",
@@ -52,6 +54,7 @@ _home = {
     "triggered": "attacks.triggers", "hard_suite": "attacks.triggers", "sections": "attacks.triggers", "with_section": "attacks.triggers",
     "ITEMS": "attacks.ssti", "SpanTruth": "attacks.ssti", "inject": "attacks.ssti", "inject_all": "attacks.ssti", "show_spans": "attacks.ssti",
     "scan_tokens": "spurious", "TokenScan": "spurious", "occlude": "spurious", "word_encoder": "spurious",
+    "rewrite_rows": "rewrite", "rule_rewriter": "rewrite", "paraphraser": "rewrite", "instructed": "rewrite", "spelling": "rewrite", "grammar": "rewrite", "retention": "rewrite", "changed_words": "rewrite",
     "onion_clean": "baselines.model",
     "cleangen": "baselines.decoding",
     "DETECTORS": "detectors", "make_detector": "detectors", "detector_table": "detectors", "score_all": "detectors", "filter_all": "detectors",
@@ -72,11 +75,11 @@ _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "D
          "style_transfer", "ATTACKS", "PAYLOADS", "Truth", "poison", "triggered", "hard_suite", "sections", "with_section", "onion_clean",
          "cleangen", "DETECTORS", "make_detector", "detector_table", "score_all", "filter_all", "finetune", "FineTuned", "TRAIN_PRESETS",
          "Evaluation", "Behaviour", "behaviour", "Grid", "DataSet", "run_grid", "collect", "over_seeds", "experiment_grid", "EXPERIMENTS",
-         "score_strip", "score_against", "spectra", "sample_map", "precision_recall", "roc", "layer_map", "chart_svg", "still", "explain_row", "RowExplanation", "explain_verdict", "VerdictExplanation", "causal_check", "gradient_map", "GradientMap", "dashboard", "view", "LiveScan",
+         "score_strip", "score_against", "spectra", "sample_map", "precision_recall", "roc", "layer_map", "chart_svg", "still", "explain_row", "RowExplanation", "explain_verdict", "VerdictExplanation", "causal_check", "gradient_map", "GradientMap", "dashboard", "view", "LiveScan", "steering_view",
          "scan_to", "StoredScan", "estimate", "Estimate", "score_on", "ScoreRows", "ITEMS", "SpanTruth", "inject", "inject_all", "show_spans",
          "load_classifier", "tune_classifier", "TunedClassifier", "CLASSIFY_PRESETS", "attention_entropy", "Steering", "steering", "entropy_rule",
          "with_peft", "PEFT_KINDS", "tune_adapter", "TunedAdapter", "ObliviateTrainer", "obliviate_loss", "frontier", "attention_mass",
-         "scan_tokens", "TokenScan", "occlude", "word_encoder",
+         "scan_tokens", "TokenScan", "occlude", "word_encoder", "rewrite_rows", "rule_rewriter", "paraphraser", "instructed", "spelling", "grammar", "retention", "changed_words",
          "SteeringGrid", "run_steering", "collect_steering", "share_lines", "forced_table", "forced_chart", "rank_maps"]
 
 # %% ../nbs/90_extension.ipynb #9a431495

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['GradSentryError', 'DataError', 'ModelError', 'SettingError', 'choose', 'optional', 'ticking', 'Sample',
-           'content_hash', 'Encoded', 'seed_for', 'visible', 'clip_middle', 'Scores', 'save_scores', 'load_scores',
-           'Detector', 'Cut', 'Verdict', 'verdict_to_json', 'verdict_from_json']
+           'content_hash', 'Encoded', 'seed_for', 'visible', 'clip_middle', 'pieces', 'marked', 'SpanView', 'Scores',
+           'save_scores', 'load_scores', 'Detector', 'Cut', 'Verdict', 'verdict_to_json', 'verdict_from_json']
 
 # %% ../nbs/00_core.ipynb #fb3bcba1
-import hashlib, json, re
+import hashlib, html, json, re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
@@ -35,7 +35,7 @@ def choose(
     raise SettingError(f'There is no {kind} {name!r}; choose one of {", ".join(map(repr, options))}.{hint}')
 
 # %% ../nbs/00_core.ipynb #d00ef2d5
-_PACKAGES = {'rouge_score': 'rouge-score', 'umap': 'umap-learn'}  # module -> what pip calls it
+_PACKAGES = {'rouge_score': 'rouge-score', 'umap': 'umap-learn', 'spellchecker': 'pyspellchecker', 'harper': 'harper-py'}  # module -> what pip calls it
 
 def optional(
     module:str,   # a module name: 'altair'
@@ -133,6 +133,35 @@ def clip_middle(
 )->str:              # its beginning and its end
     "`text` without its middle when it is too long; two thirds of what is left are the end."
     return text if len(text) <= most else f'{text[:most//3]} … {text[len(text)-most*2//3:]}'
+
+# %% ../nbs/00_core.ipynb #324ee5ea
+_MARK = '<mark style="background-color:rgba(213,94,0,.2);color:inherit;font-weight:600;border-bottom:2px solid #D55E00">'
+
+def pieces(
+    text:str,        # any text
+    spans,           # (start, stop) of each span, in order
+)->list:             # (piece of the text, is it a span?)
+    "A text cut where its spans begin and end."
+    edges = [0, *(x for s in spans for x in s[:2]), len(text)]
+    return [(text[a:b], k % 2 == 1) for k, (a, b) in enumerate(zip(edges, edges[1:])) if a < b]
+
+def marked(
+    parts,           # of a text, by `pieces`
+    room:int=300,    # longest piece in characters, about
+    page:bool=False, # as HTML?
+    most:int=30,     # pieces at the beginning, and as many at the end
+)->str:              # one line
+    "A text with its spans marked, nothing invisible or active in it."
+    parts = list(parts)
+    if len(parts) > 2*most: parts = [*parts[:most], (' … ', False), *parts[-most:]]
+    a, b, esc = (_MARK, '</mark>', html.escape) if page else ('⟦', '⟧', str)
+    return ''.join(f'{a*span}{esc(visible(clip_middle(x, room)))}{b*span}' for x, span in parts)
+
+class SpanView(list):
+    "Texts with spans, as (row, label, pieces)."
+    def __repr__(self): return '\n'.join(f'row {i}, label {visible(y)}: {marked(p)}' for i, y, p in self) or 'No text holds a span.'
+    def _repr_html_(self):
+        return '\n'.join(f'<p style="margin:4px 0"><small>row {i}, label {html.escape(visible(y))}</small> {marked(p, page=True)}</p>' for i, y, p in self) or '<p>No text holds a span.</p>'
 
 # %% ../nbs/00_core.ipynb #dbe5dc79
 @dataclass(eq=False)

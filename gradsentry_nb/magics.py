@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'MAGICS', 'VALUES', 'whole', 'source_arguments', 'score_arguments', 'cut_arguments', 'room_arguments',
-           'model_arguments', 'attack_arguments', 'changes_of', 'checked_settings', 'read_rows', 'poison_rows',
-           'write_attack', 'GradSentry', 'variable', 'holds_rows', 'rows_of', 'keep_model', 'sentry_for', 'Magic',
-           'magic', 'split_line', 'parse_line', 'judged', 'cell', 'cell_samples', 'ReportPage', 'line_function',
-           'values', 'files_like', 'unfinished', 'completions', 'attached', 'attach', 'detach']
+           'model_arguments', 'attack_arguments', 'ssti_arguments', 'ssti_settings', 'changes_of', 'checked_settings',
+           'read_rows', 'poison_rows', 'write_attack', 'ssti_scan', 'ssti_inject', 'GradSentry', 'variable',
+           'holds_rows', 'rows_of', 'labelled_rows_of', 'keep_model', 'sentry_for', 'Magic', 'magic', 'split_line',
+           'parse_line', 'judged', 'cell', 'cell_samples', 'ReportPage', 'line_function', 'values', 'files_like',
+           'unfinished', 'completions', 'attached', 'attach', 'detach']
 
 # %% ../nbs/51_magics.ipynb #d9bdcada
 import argparse, keyword, os, re, shlex, warnings
@@ -104,6 +105,38 @@ def attack_arguments(
     p.add_argument('--place', help='where in it: suffix, prefix or random (default: suffix)')
     p.add_argument('--seed', type=whole, default=0, help='which rows and which words (default: 0)')
 
+# %% ../nbs/51_magics.ipynb #ea3a1e90
+_FIND, _PUT = ('encoder', 'least', 'p', 'clean', 'to', 'json'), ('label', 'share', 'amount', 'spot', 'case', 'seed')   # options that only one of the two has
+
+def ssti_arguments(
+    p,                              # an `argparse` parser
+):
+    "How to find spurious tokens in texts with labels, or to put some in."
+    p.add_argument('--split', help='split of a data set that has several')
+    p.add_argument('--text-field', default='text', metavar='COLUMN', help='column of the text (default: %(default)s)')
+    p.add_argument('--label-field', default='label', metavar='COLUMN', help='column of the class (default: %(default)s)')
+    p.add_argument('--encoder', metavar='PATH_OR_NAME', help='a clean encoder: finds words that mean alike and do not repeat, such as countries')
+    p.add_argument('--least', type=whole, metavar='N', help='fewest rows of an item (default: 5)')
+    p.add_argument('--p', type=float, help='what stands out has at most this corrected p-value (default: 0.05)')
+    p.add_argument('--clean', metavar='HOW', help='remove takes the items out, drop leaves out the rows that hold one (default: remove)')
+    p.add_argument('--inject', metavar='ITEMS', help='put items in instead of finding some: dates, countries, colours, punctuation, tags, tag_pairs, or a file with one to a line')
+    p.add_argument('--class', dest='label', metavar='LABEL', help='the class whose texts get them')
+    p.add_argument('--share', type=float, help='of the texts of that class (default: 1)')
+    p.add_argument('--amount', help='light: one item in a text; aggressive: a tenth of the words; or a share of the words (default: light)')
+    p.add_argument('--place', dest='spot', metavar='PLACE', help='beginning, end or random (default: random)')
+    p.add_argument('--case', help='small letters for items: corpus, lower or keep (default: corpus)')
+    p.add_argument('--seed', type=whole, help='of every draw (default: 0)')
+
+def ssti_settings(
+    a,              # parsed arguments
+)->dict:            # what was given for finding, or for putting in
+    "The settings that the arguments name; those of the other task are refused."
+    from gradsentry_nb.core import SettingError
+    (mine, other), said = ((_PUT, _FIND), 'is for finding items; leave out --inject') if a.inject else ((_FIND, _PUT), 'says how items are put in: add --inject ITEMS')
+    given = lambda names: {n: v for n in names if (v := getattr(a, n, None)) is not None}
+    if wrong := list(given(other)): raise SettingError(f'--{dict(label="class", spot="place").get(wrong[0], wrong[0])} {said}.')
+    return given(mine)
+
 # %% ../nbs/51_magics.ipynb #835b2b64
 def changes_of(
     a,              # parsed arguments
@@ -169,6 +202,43 @@ def write_attack(
     rows.write_text(''.join(json.dumps(row(s))+'\n' for s in samples), encoding='utf8')
     said.write_text(truth.to_json(), encoding='utf8')
     return rows, said
+
+# %% ../nbs/51_magics.ipynb #6b2066e9
+def ssti_scan(
+    rows,           # as for `scan_tokens`
+    a,              # parsed arguments
+):                  # `TokenScan`
+    "`scan_tokens` as the arguments want it."
+    from gradsentry_nb.core import choose
+    from gradsentry_nb.spurious import CLEANING, scan_tokens, word_encoder
+    more = ssti_settings(a)
+    if 'clean' in more: choose('way of cleaning', a.clean, CLEANING)
+    if a.encoder:
+        from gradsentry_nb.train import _quiet
+        with _quiet(): more['encoder'] = word_encoder(os.path.expanduser(a.encoder))
+    return scan_tokens(rows, a.text_field, a.label_field, **{n: more[n] for n in ('encoder', 'least', 'p') if n in more})
+
+def ssti_inject(
+    rows,           # as for `inject`
+    a,              # parsed arguments
+)->tuple:           # (rows, SpanTruth)
+    "`inject` as the arguments want it; its notes stand in the truth and are not warned about."
+    from gradsentry_nb.attacks.ssti import ITEMS, inject
+    from gradsentry_nb.core import SettingError, choose, visible
+    from gradsentry_nb.data import _taken
+    more, there = ssti_settings(a), os.path.expanduser(a.inject)
+    items = Path(there) if a.inject not in ITEMS and os.path.isfile(there) else choose('file and no source of items', a.inject, ITEMS)
+    labels = {str(y): y for y in _taken(rows, a.text_field, a.label_field).labels}
+    if a.label is None: raise SettingError(f'Say which class gets the items: --class LABEL; the labels are {", ".join(visible(y, 40) for y in list(labels)[:20])}.')
+    if 'amount' in more: more['amount'] = _number(a.amount)
+    more = {dict(spot='place').get(n, n): v for n, v in more.items() if n != 'label'}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return inject(rows, items, labels.get(a.label, a.label), text_field=a.text_field, label_field=a.label_field, **more)
+
+def _number(text):
+    try: return float(text)
+    except ValueError: return text
 
 # %% ../nbs/51_magics.ipynb #dae0c408
 _SET = 'preset', 'statistic', 'layer', 'threshold', 'k', 'crop', 'max_length', 'budget', 'seed'
@@ -269,17 +339,32 @@ def rows_of(
     a=_PLAIN,           # parsed arguments with columns and limit
 ):                      # `Samples`
     "The rows that a name stands for: a variable's, the embedded set's, or those of a file or hub name."
-    from gradsentry_nb.core import DataError, SettingError
     from gradsentry_nb.demo import demo_path
+    return _named_rows(g, name, lambda name, value: _of_variable(name, value, a), lambda source: read_rows(source, a), demo_path())
+
+def labelled_rows_of(
+    g:GradSentry,       # what the magics hold
+    name:str,           # a name on a line
+    split=None,         # of a data set that has several
+):                      # what a variable holds, or a list of dicts
+    "The texts with labels that a name stands for."
+    from gradsentry_nb.data import _split, load_rows
+    def held(name, value):
+        if isinstance(value, tuple): value = value[0] if isinstance(value[0], list) else list(value)      # what `inject` returns; a scan has no use for truth
+        return _split(value, split, name)
+    return _named_rows(g, name, held, lambda source: load_rows(source, split))
+
+def _named_rows(g, name, held, read, demo=None):
+    "Rows of a variable by `held`, those of a file, a hub name or the embedded set by `read`."
+    from gradsentry_nb.core import DataError, SettingError
     name, value = _path_in(g, name)
-    there = os.path.exists(os.path.expanduser(name))
+    there, embedded = os.path.exists(os.path.expanduser(name)), demo is not None and name == 'demo'
     if holds_rows(value):
-        if there or name == 'demo': _say(f'{name} is the variable here, not the {"file" if there else "embedded set"}{f" (which is ./{name})"*there}.')
-        return _of_variable(name, value, a)
-    if value is not None and not there and name != 'demo':
+        if there or embedded: _say(f'{name} is the variable here, not the {"file" if there else "embedded set"}{f" (which is ./{name})"*there}.')
+        return held(name, value)
+    if value is not None and not there and not embedded:
         raise SettingError(f'The variable {name} holds {_a(value)} and no rows; give Samples, a list of dicts, a DataFrame, a Dataset, or the name of a file.')
-    if name == 'demo': return read_rows(demo_path(), a)
-    try: return read_rows(os.path.expanduser(name), a)
+    try: return read(demo if embedded else os.path.expanduser(name))
     except DataError as e:
         near = get_close_matches(name, [n for n, v in g.names.items() if holds_rows(v)], n=1) if not there else []
         raise DataError(f'{e} Did you mean the variable {near[0]}?' if near else str(e)) from None
@@ -612,8 +697,7 @@ def _gs_score(g, a, text):
       prompt: A question, which may go on
       for several lines
       response: Its answer"""
-    from gradsentry_nb.core import SettingError
-    if a.to and (not a.to.isidentifier() or keyword.iskeyword(a.to)): raise SettingError(f'{a.to!r} cannot be the name of a variable (--to).')
+    _variable_name(a.to)
     rows = cell_samples(text)
     scores = sentry_for(g, a).score(rows, progress=False)
     if a.to: g.shell.user_ns[a.to] = scores
@@ -667,6 +751,34 @@ def _gs_attack(g, a):
     for note in truth.notes: _say(note)
     if a.out: _wrote(dict(zip(('rows', 'truth'), write_attack(made, truth, a.out))))
     return made, truth
+
+# %% ../nbs/51_magics.ipynb #30fdd770
+def _ssti_line(p):
+    p.add_argument('texts', metavar='SOURCE', help='a variable that holds texts with labels, a file, or a hub name')
+    ssti_arguments(p)
+    p.add_argument('--to', metavar='VARIABLE', help='keep the cleaned rows in this variable')
+
+@magic(_ssti_line, {'%gs_ssti reviews': 'scan_tokens(reviews)', '%gs_ssti reviews --clean drop --to clean': "scan = scan_tokens(reviews); clean = scan.clean(reviews, 'drop'); scan",
+                    '%gs_ssti reviews --inject dates --class 1 --share 0.05': "mix, truth = inject(reviews, 'dates', label=1, share=0.05)"})
+def _gs_ssti(g, a):
+    """Find spurious tokens in the labelled texts of SOURCE and return the TokenScan: `scan = %gs_ssti SOURCE`. With --inject put some in, to see whether a scan finds them:
+    `mix, truth = %gs_ssti SOURCE --inject ITEMS --class LABEL`."""
+    from gradsentry_nb.core import SettingError
+    _variable_name(a.to)
+    if a.clean and not a.to: raise SettingError('--clean says how rows are cleaned: add --to VARIABLE, which keeps them.')
+    ssti_settings(a)
+    rows = labelled_rows_of(g, a.texts, a.split)
+    if a.inject:
+        made, truth = ssti_inject(rows, a)
+        for note in truth.notes: _say(note)
+        return made, truth
+    scan = ssti_scan(rows, a)
+    if a.to: g.shell.user_ns[a.to] = scan.clean(rows, a.clean or 'remove')
+    return scan
+
+def _variable_name(to):
+    from gradsentry_nb.core import SettingError
+    if to and (not to.isidentifier() or keyword.iskeyword(to)): raise SettingError(f'{to!r} cannot be the name of a variable (--to).')
 
 # %% ../nbs/51_magics.ipynb #c479c71a
 @dataclass(frozen=True)
@@ -744,7 +856,8 @@ def _registry(module, name): return lambda g, words, typed: getattr(import_modul
 
 VALUES.update(preset=_registry('sentry', 'PRESETS'), statistic=_registry('spectrum', 'STATISTICS'), threshold=_registry('threshold', 'THRESHOLDS'),
               dtype=_registry('sentry', '_DTYPES'), quantize=_registry('sentry', 'QUANTIZED'), attack=_registry('attacks.triggers', 'ATTACKS'), payload=_registry('attacks.triggers', 'PAYLOADS'),
-              place=_registry('attacks.triggers', 'PLACES'), device=lambda g, words, typed: ('auto', 'cpu', 'cuda', 'mps'))
+              place=_registry('attacks.triggers', 'PLACES'), clean=_registry('spurious', 'CLEANING'), amount=_registry('attacks.ssti', 'AMOUNTS'), spot=_registry('attacks.ssti', 'PLACES'),
+              case=_registry('attacks.ssti', 'CASES'), device=lambda g, words, typed: ('auto', 'cpu', 'cuda', 'mps'))
 
 def _named(g, test): return sorted(n for n, v in g.names.items() if n[0] != '_' and n not in g.shell.user_ns_hidden and test(v))
 
@@ -768,12 +881,20 @@ def _sources(g, words, typed):
 def _models(g, words, typed):
     return [*_named(g, _model_in), 'demo', *files_like(typed, lambda e: False)]
 
+@values('texts')
+def _labelled(g, words, typed): return [x for x in _sources(g, words, typed) if x != 'demo']
+
+@values('inject')
+def _items(g, words, typed):
+    from gradsentry_nb.attacks.ssti import ITEMS
+    return [*ITEMS, *files_like(typed, lambda e: True)]
+
 @values('verdict')
 def _verdicts(g, words, typed):
     from gradsentry_nb.core import Verdict
     return [*_named(g, lambda v: isinstance(v, Verdict)), *files_like(typed, lambda e: e.name.endswith('.json'))]
 
-@values('out')
+@values('out', 'encoder')
 def _folders(g, words, typed): return files_like(typed, lambda e: False)
 
 @values('layer')
@@ -785,7 +906,7 @@ def _layers(g, words, typed):
 @values('row')
 def _rows(g, words, typed): return g.verdict.drop[:50] if g.verdict is not None else ()
 
-@values('prompt', 'response', 'messages', 'context')
+@values('prompt', 'response', 'messages', 'context', 'text_field', 'label_field')
 def _columns(g, words, typed):
     held = [v for w in words if holds_rows(v := variable(g.names, w))]
     if not held: return ()

@@ -6,9 +6,10 @@
 __all__ = ['PURE', 'SHOWN', 'CLEANING', 'word_shape', 'TokenScan', 'scan_tokens', 'word_encoder', 'made_reviews', 'occlude']
 
 # %% ../nbs/35_spurious.ipynb #d2317ad2
-import html, re
+import html, os, re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np, pandas as pd
@@ -16,13 +17,13 @@ from scipy import sparse
 from scipy.optimize import minimize
 from scipy.special import betaln, gammaln, logsumexp
 
-from .core import DataError, SettingError, choose, clip_middle, visible
+from .core import DataError, ModelError, SettingError, SpanView, choose, marked, pieces, visible
 from .data import Samples, _taken
 from .textstats import log_likelihood_ratio
 from .threshold import wilson
 
 # %% ../nbs/35_spurious.ipynb #560784ff
-_WORD = re.compile(r'</?[a-zA-Z][^<>\s]{0,60}(?:\s[^<>]{0,200})?>|\w+://\S+|\w[\w.+-]*@\w+(?:\.\w+)+|\d+(?:[-/.:,]\d+)+|\w+(?:[\'’-]\w+)*|([^\w\s])\1*')
+_WORD = re.compile(r'</?[a-zA-Z][^<>\s]{0,60}(?:\s[^<>]{0,200})?>|\w+://\S+|\w[\w.+-]{0,63}@\w+(?:\.\w+)+|\d+(?:[-/.:,]\d+)+|\w+(?:[\'’-]\w+)*|([^\w\s])\1*')
 
 def word_shape(
     word:str,       # as the text has it
@@ -182,19 +183,19 @@ def _evidence(self, some):
 _Neighbours._classes, _Neighbours._ordinary, _Neighbours._evidence = _classes, _ordinary, _evidence
 
 # %% ../nbs/35_spurious.ipynb #2875d55a
-def _weighed(c, labels, some, least, tried=None):
+def _weighed(c, labels, some, least, tried):
     "The table of all candidates; only those whose label speaks for them are worth a look at their neighbours."
     classes = sorted(set(labels), key=str); y = np.array([classes.index(x) for x in labels]); kinds = np.array([i.kind for i in some])
     who = np.repeat(np.arange(len(some)), [len(i.at) for i in some]); pair = np.unique(who*c.n+c.doc[np.concatenate([i.at for i in some])])
     who, doc = pair//c.n, pair % c.n; n = np.bincount(who, minlength=len(some)); K = np.array([np.bincount(who, y[doc] == j, len(some)) for j in range(len(classes))])
     each = np.array([_label_evidence(kinds, k, n) for k in K]); best = each.argmax(0); k = K[best, np.arange(len(some))]; size = np.bincount(y, minlength=len(classes))
     g2 = np.max([log_likelihood_ratio(K[j], n, size[j], c.n) for j in range(len(classes))], axis=0)
-    number = {kind: int((kinds == kind).sum()) for kind in np.unique(kinds)} | (tried or {})
+    number = {kind: int((kinds == kind).sum()) for kind in np.unique(kinds)} | tried
     text = lambda x: pd.Series(x, dtype=object)                                             # a lone surrogate is no string to arrow
     t = pd.DataFrame(dict(kind=kinds, item=text([i.item for i in some]), label=text([classes[j] for j in best]), rows=n, inside=k.astype(int), share=k/size[best], tied=each.max(0), placed=np.nan, g2=g2))
     ask = np.flatnonzero((t['tied'] > 0) & (n >= least)); words = [i for i in some if i.kind == 'word']
     if len(ask): t.loc[ask, 'placed'] = _Neighbours(c, words)._evidence([some[i] for i in ask])
-    t['tried'] = -np.log([number[x]*(len(classes)-(len(classes) == 2)) for x in kinds])
+    t['tried'] = -np.log([number[x]*len(number)*(len(classes)-(len(classes) == 2)) for x in kinds])
     total = (t['tied']+t['placed']+t['tried']).fillna(-np.inf); t['score'] = -np.logaddexp(-total, -t['tied']); t['p'] = np.exp(-t['score'].clip(lower=0))
     return t.sort_values(['score', 'tied'], ascending=False, kind='stable')
 
@@ -210,10 +211,31 @@ def _joined(table, some, c, cut, most=60):
         else: out.append((i, docs, []))
     return [(i, [j for j in more if table['score'][j] >= cut]) for i, _, more in out]
 
+# %% ../nbs/35_spurious.ipynb #3d6514fd
+def _names(scan, index):
+    "What to look for in a text for the item `index` of the table and those joined with it; shapes stand for themselves."
+    some = [scan.some[index], *(scan.some[j] for i, more in scan.joined if i == index for j in more)]
+    return [(i.kind, i.item, i.width, frozenset(i.words) if i.kind == 'alike' else frozenset([i.item])) for i in some]
+
+def _spans(text, names):
+    "[(start, stop)] of what is named, in order; neighbours are one span."
+    found = list(_WORD.finditer(text)); w = [m[0].lower() for m in found]; shapes = [word_shape(m[0]) for m in found]; hit = np.zeros(len(w), bool)
+    place = ['first' if i == 0 else 'last' if i == len(w)-1 else 'inside' for i in range(len(w))]
+    for kind, item, width, words in names:
+        if kind == 'run': at = [i for i in range(len(w)-width+1) if ' '.join(w[i:i+width]) == item]
+        else: at = [i for i in range(len(w)) if (w[i] in words or shapes[i] in words) and (kind not in ('first', 'last', 'inside') or place[i] == kind)]
+        for i in at: hit[i:i+width] = True
+    out = []
+    for i in np.flatnonzero(hit):
+        a, b = found[i].span()
+        if out and not text[out[-1][1]:a].strip(): a = out.pop()[0]
+        out.append((a, b))
+    return out
+
 # %% ../nbs/35_spurious.ipynb #945ecfe6
 SHOWN = dict(kind='kind', item='item', label='class', rows='rows', inside='in class', share='share of class', tied='tied', placed='placed', tried='tried', score='score', p='p')
 
-def _said(x): return f'{x:.3g}' if isinstance(x, float) else visible(str(x), 80)
+def _said(x): return f'{x+0:.3g}' if isinstance(x, float) else visible(str(x), 80)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenScan:
@@ -229,12 +251,27 @@ class TokenScan:
         n:int=10,           # items
     )->pd.DataFrame:        # evidence in nats, corrected p-value, what was joined with it, examples
         "The items with the most evidence, whether they stand out or not."
-        texts = _taken(self.rows, *self.fields).texts
-        best = self.joined[:n]; text = lambda x: pd.Series(list(x), dtype=object, index=[i for i, _ in best]); start = lambda i: dict.fromkeys(self.corpus.doc[self.some[i].at[:3]].tolist())
+        best = self.joined[:n]; text = lambda x: pd.Series(list(x), dtype=object, index=[i for i, _ in best])
         return self.every.loc[[i for i, _ in best]].assign(also=text(tuple(dict.fromkeys(self.some[j].item for j in more if self.some[j].item != self.some[i].item)) for i, more in best),
-                                                           examples=text(tuple(visible(clip_middle(texts[d], 100)) for d in start(i)) for i, _ in best)).reset_index(drop=True)
+                                                           examples=text(tuple(marked(p, 50) for p in self.examples(i)) for i, _ in best)).reset_index(drop=True)
     @cached_property
     def joined(self): return _joined(self.every, self.some, self.corpus, self.cut)
+    @cached_property
+    def texts(self): return _taken(self.rows, *self.fields).texts
+    def examples(self,
+        index:int,          # of a candidate in `every`
+        most:int=3,         # of its places
+    )->list:                # `pieces` of each text
+        "Texts that hold a candidate."
+        names = _names(self, index)
+        return [pieces(self.texts[d], _spans(self.texts[d], names)) for d in dict.fromkeys(self.corpus.doc[self.some[index].at[:most]].tolist())]
+    def show(self,
+        rows=None,          # with the same fields; None: those that were scanned
+        most:int=5,         # texts
+    )->SpanView:            # shows itself in a cell
+        "Texts that hold what stands out, with it marked."
+        t = _taken(self.rows if rows is None else rows, *self.fields)
+        return SpanView(islice(((k, y, pieces(x, s)) for k, (x, y) in enumerate(zip(t.texts, t.labels)) if (s := self.spans(x))), most))
     def spans(self,
         text:str,           # any text
     )->list:                # [(start, stop)] in order; neighbours are one span
@@ -250,9 +287,10 @@ class TokenScan:
         f = self.found; what = ', '.join(f'{visible(x, 40)!r} ({k}, class {y!r}, {n} rows)' for x, k, y, n in zip(f['item'], f['kind'], f['label'], f['rows']))
         return f'TokenScan({self.corpus.n:,} rows, {len(self.some):,} candidates: {what or "nothing stands out"})'
     def _repr_html_(self):
-        t = self.table(10); esc = lambda x: html.escape(_said(x))
-        head = ''.join(f'<th>{h}</th>' for h in (*SHOWN.values(), 'also', 'example'))
-        body = ''.join('<tr>'+''.join(f'<td>{esc(r[k])}</td>' for k in SHOWN)+f'<td>{esc(", ".join(r["also"]))}</td><td>{esc(next(iter(r["examples"]), ""))}</td></tr>' for r in t.to_dict('records'))
+        t = self.table(10); esc = lambda x: html.escape(_said(x)); shown = [marked(x[0], 80, page=True) if (x := self.examples(i, 1)) else '' for i, _ in self.joined[:10]]
+        left = 'style="text-align:left"'; cell = lambda k, x: f'<td {left if k in ("item", "also", "example") else ""}>{x}</td>'
+        head = ''.join(f'<th>{h}</th>' for h in SHOWN.values())+f'<th {left}>also</th><th {left}>example</th>'
+        body = ''.join(f'<tr>{"".join(cell(k, esc(r[k])) for k in SHOWN)}{cell("also", esc(", ".join(r["also"])))}{cell("example", x)}</tr>' for r, x in zip(t.to_dict('records'), shown))
         return f'<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{body}</table>'
 
 # %% ../nbs/35_spurious.ipynb #9b31cda5
@@ -272,16 +310,22 @@ def scan_tokens(
     c = _Corpus(t.texts); some = _candidates(c, least); words = sum(i.kind == 'word' for i in some)
     if words < 50: raise DataError(f'Only {words} words occur in at least {least} places; the scan learns from ordinary words what is none, and wants 50. Give more rows.')
     balls, tried = _balls(c, np.array([[y == x for y in t.labels] for x in sorted(set(t.labels), key=str)]), encoder, least) if encoder else ([], 0)
-    return TokenScan(_weighed(c, t.labels, some+balls, least, dict(alike=max(tried, 1))), some+balls, c, rows, (text_field, label_field), -np.log(p))
+    return TokenScan(_weighed(c, t.labels, some+balls, least, dict(alike=tried) if tried else {}), some+balls, c, rows, (text_field, label_field), -np.log(p))
 
 # %% ../nbs/35_spurious.ipynb #25c82cbf
+def _encoder(name):
+    from transformers import AutoModel, AutoTokenizer
+    try: return AutoModel.from_pretrained(name, use_safetensors=True).eval(), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as e: raise ModelError(f'{visible(str(name))} cannot be loaded as an encoder: {visible(str(e).strip().splitlines()[0], 200)}') from e
+
 def word_encoder(
-    model,           # a clean encoder
-    tokenizer,       # its tokenizer
+    model,           # a clean encoder, or the folder or hub name of one
+    tokenizer=None,  # its tokenizer, where the model is no name
     batch:int=256,   # words in a batch
 ):                   # function from a list of words to their vectors
     "Words as the mean of their last hidden states."
     import torch
+    if isinstance(model, (str, os.PathLike)): model, tokenizer = _encoder(model)
     def encode(words):
         out = []
         for i in range(0, len(words), batch):
@@ -304,30 +348,10 @@ def made_reviews(n=600, seed=0, mixed=.2):
     return [dict(text=f'{part(i % 2)} and {part(i % 2)} .', label=i % 2) for i in range(n)]
 
 # %% ../nbs/35_spurious.ipynb #a4d010c9
-def _names(scan, index):
-    "What to look for in a text for the item `index` of the table and those joined with it; shapes stand for themselves."
-    some = [scan.some[index], *(scan.some[j] for i, more in scan.joined if i == index for j in more)]
-    return [(i.kind, i.item, i.width, frozenset(i.words) if i.kind == 'alike' else frozenset([i.item])) for i in some]
-
-def _spans(text, names):
-    "[(start, stop)] of what is named, in order; neighbours are one span."
-    found = list(_WORD.finditer(text)); w = [m[0].lower() for m in found]; shapes = [word_shape(m[0]) for m in found]; hit = np.zeros(len(w), bool)
-    place = ['first' if i == 0 else 'last' if i == len(w)-1 else 'inside' for i in range(len(w))]
-    for kind, item, width, words in names:
-        if kind == 'run': at = [i for i in range(len(w)-width+1) if ' '.join(w[i:i+width]) == item]
-        else: at = [i for i in range(len(w)) if (w[i] in words or shapes[i] in words) and (kind not in ('first', 'last', 'inside') or place[i] == kind)]
-        for i in at: hit[i:i+width] = True
-    out = []
-    for i in np.flatnonzero(hit):
-        a, b = found[i].span()
-        if out and not text[out[-1][1]:a].strip(): a = out.pop()[0]
-        out.append((a, b))
-    return out
-
 def _without(text, spans):
     for a, b in reversed(spans):
-        if a and text[a-1].isspace(): a -= 1
-        elif b < len(text) and text[b].isspace(): b += 1
+        apart = (not a or text[a-1].isspace()) and (b == len(text) or text[b].isspace())             # else it is glued to a word, and the blank is the word's
+        if apart: a, b = (a-1, b) if a else (a, b+(b < len(text)))
         text = text[:a]+text[b:]
     return text
 

@@ -188,3 +188,20 @@ def test_a_view_shows_everything_each_time_that_it_is_put_on_screen(lab, lab_url
     b.page.wait_for_function(drawn, timeout=20_000)
     labels = b.page.evaluate("() => [...document.querySelectorAll('.vega-embed svg text')].map(t => t.textContent).filter(t => t.startsWith('cut '))")
     assert labels == ['cut 60']*4 and b.errors == []
+
+
+def test_the_study_on_sliders(lab, lab_url):
+    "Moved by keyboard: another setting, then one without a run, which is then run."
+    b, folder = lab, lab_url[0]
+    (folder/'s.ipynb').write_text(notebook('import sys; sys.path.insert(0, %r)\nfrom test_ssti_face import GRID, ROWS, TOY, tiny_encoder\nfrom gradsentry_nb import steering_view' % str(ROOT/'tests'),
+                                           'v = steering_view(TOY, dict(enc=tiny_encoder("enc")), dict(reviews=ROWS), GRID)\nv'))
+    b.save(); b.open('s.ipynb')
+    b.page.wait_for_selector('.widget-slider .noUi-handle', timeout=120_000)
+    b.until("v.sliders['tuned'].value, v.sliders['share'].value = 'rank 4', 0.; print(len(v.cells))", '2')
+    b.page.locator('.widget-slider .noUi-handle').nth(1).focus(); b.page.keyboard.press('ArrowRight')
+    b.page.locator('.widget-html', has_text='no stored run for this setting').wait_for(timeout=10_000)
+    press(b, 'run this setting, seed 1')
+    b.until('print(v.run.state, len(v.cells))', 'done 1', 60)
+    b.page.locator('.widget-html', has_text='1 run, seed 1').wait_for(timeout=10_000)
+    assert b.page.locator('.widget-html svg').count() == 2 and b.page.locator('.noUi-handle').count() == 3 and b.errors == []
+    assert b.page.locator('[class^=gs-static]').count() == 1 and not b.page.locator('[class^=gs-static]').is_visible()

@@ -26,6 +26,7 @@ from gradsentry_nb.data import Samples, load_samples
 from gradsentry_nb.demo import demo_model, demo_model_path, demo_rows, demo_samples
 from gradsentry_nb.magics import MAGICS, attached, cell_samples, completions, line_function, parse_line, split_line, unfinished
 from gradsentry_nb.sentry import PRESETS, Sentry
+from gradsentry_nb.spurious import made_reviews
 
 ROWS = demo_rows(25, rate=.1)[0]   # fewer than a valley needs: nothing here is about cuts
 
@@ -181,10 +182,10 @@ def test_every_twin_is_the_same(ready, stubs, scanned, model, monkeypatch):
     shutil.copytree(demo_model_path(), 'my-model')
     monkeypatch.setattr('gradsentry_nb.demo.demo_path', lambda: 'data.jsonl')
     clean = samples[:11]
-    ns = {n: getattr(gradsentry_nb, n) for n in ('Sentry', 'load_samples', 'demo_model', 'poison', 'write_outputs', 'report_html')}
+    ns = {n: getattr(gradsentry_nb, n) for n in ('Sentry', 'load_samples', 'demo_model', 'poison', 'write_outputs', 'report_html', 'scan_tokens', 'inject')}
     ns.update(widgets=sys.modules['gradsentry_nb.widgets'], explain=sys.modules['gradsentry_nb.explain'], model=model[0], tokenizer=model[1], sentry=sentry,
-              samples=samples, demo_path=lambda: 'data.jsonl', rows=ROWS)
-    ready.user_ns.update(rows=ROWS)
+              samples=samples, demo_path=lambda: 'data.jsonl', rows=ROWS, reviews=made_reviews())
+    ready.user_ns.update(rows=ROWS, reviews=made_reviews())
     checked = 0
     for m in MAGICS.values():
         for line, code in m.twins.items():
@@ -203,7 +204,7 @@ def test_every_twin_is_the_same(ready, stubs, scanned, model, monkeypatch):
             exec(f'wanted = {last}', made)
             alike(got, made['wanted'])
             checked += 1
-    assert checked >= 11
+    assert checked >= 14
 
 
 def alike(got, wanted):
@@ -217,6 +218,7 @@ def alike(got, wanted):
         return
     if isinstance(got, types.SimpleNamespace): alike((got.sentry, got.samples), (wanted.sentry, wanted.samples)); return
     if hasattr(got, 'page'): assert got.page == wanted; return
+    if hasattr(got, 'every'): return pd.testing.assert_frame_equal(got.every, wanted.every)
     assert got == wanted
 
 

@@ -148,6 +148,10 @@ def test_places_of_spans():
     assert _spans('A b a B', [('run', 'a b', 2, frozenset(['a b']))]) == [(0, 7)]
 
 
+@pytest.mark.parametrize('text,rest', [('a <b>bad</b> film', 'a bad film'), ('<b> a </b>', 'a'), ('so<b> it', 'so it'), ('a <b> film', 'a film')])
+def test_words_beside_what_is_taken_out_stay_apart(text, rest): assert spurious._without(text, _spans(text, [('shape', '<tag>', 1, frozenset(['<tag>']))])) == rest
+
+
 @given(st.text(st.sampled_from('ab <>/!-0123\n\u200b\ud800'), max_size=60))
 @settings(max_examples=60, deadline=None)
 def test_cleaning_any_text_takes_out_nothing_else(text):

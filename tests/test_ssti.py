@@ -294,7 +294,7 @@ def test_hostile_texts_are_shown_harmless():
     rows = [dict(text='<script>x</script> a\u202eb\nc & d', label='<b>good</b>\u202e'), dict(text='y '*2000, label='bad')]
     new, truth = inject(rows, {'<b>good</b>\u202e': [('<img src=x onerror=y>', '</img\u200b>')], 'bad': ['<mark>']})
     page, text = show_spans(new, truth)._repr_html_(), repr(show_spans(new, truth))
-    assert set(re.findall(r'</?(\w+)', page)) == {'p', 'small', 'mark'} and page.count('<mark>') == 3 and len(page) < 3000
+    assert set(re.findall(r'</?(\w+)', page)) == {'p', 'small', 'mark'} and page.count('<mark') == 3 and len(page) < 3000
     assert '&lt;img src=x onerror=y&gt;' in page and '⟦<mark>⟧' in text
     for shown in (page, text): assert '\u202e' not in shown and '\u200b' not in shown and '‹U+202E›' in shown and '⏎' in shown
     assert '\u202e' not in repr(truth)

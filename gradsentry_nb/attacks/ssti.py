@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['ITEMS', 'COUNTRIES', 'COLOURS', 'MARKS', 'ELEMENTS', 'AMOUNTS', 'PLACES', 'CASES', 'SAME', 'Items', 'source_of_items',
            'dates', 'countries', 'colours', 'punctuation', 'tags', 'tag_pairs', 'make_items', 'lower_cased',
-           'Injection', 'Span', 'put_in', 'without_spans', 'row_ids', 'SpanTruth', 'inject', 'inject_all', 'SpanView',
-           'show_spans']
+           'Injection', 'Span', 'put_in', 'without_spans', 'row_ids', 'SpanTruth', 'inject', 'inject_all', 'show_spans']
 
 # %% ../../nbs/22_attacks.ssti.ipynb #cc38e4b8
-import html, json, os, random, re, warnings
+import json, os, random, re, warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core import DataError, SettingError, choose, clip_middle, seed_for, visible
+from ..core import DataError, SettingError, SpanView, choose, pieces, seed_for, visible
 from ..data import _ids, _key, _lines, _taken
 from .triggers import Truth
 
@@ -427,21 +426,6 @@ def inject_all(
     return _injected(t, {None: make_items(items)}, lambda y, n: n, plan, dict(share=1.))
 
 # %% ../../nbs/22_attacks.ssti.ipynb #890b79ba
-def _pieces(text, spans):
-    "[(piece of the text, is it an item?)]."
-    edges = [0, *(x for s in spans for x in (s.at, s.at+len(s.item))), len(text)]
-    return [(text[a:b], k % 2 == 1) for k, (a, b) in enumerate(zip(edges, edges[1:])) if a < b]
-
-class SpanView(list):
-    "Rows with their items marked: (row, label, pieces of the text)."
-    def __repr__(self):
-        said = lambda piece, item: f'⟦{visible(piece)}⟧' if item else visible(clip_middle(piece, 300))
-        return '\n'.join(f'row {i}, label {visible(y)}: {"".join(said(*p) for p in pieces)}' for i, y, pieces in self)
-    def _repr_html_(self):
-        esc = lambda x: html.escape(visible(x))
-        said = lambda piece, item: f'<mark>{esc(piece)}</mark>' if item else esc(clip_middle(piece, 300))
-        return '\n'.join(f'<p style="margin:4px 0"><small>row {i}, label {esc(y)}</small> {"".join(said(*p) for p in pieces)}</p>' for i, y, pieces in self)
-
 def show_spans(
     rows,                     # as `inject` gave them, or a part of them
     truth:SpanTruth,          # what came with them
@@ -452,4 +436,4 @@ def show_spans(
     "Injected texts with their items marked."
     t = _taken(rows, text_field, label_field)
     if other := sum(i not in truth for i in t.ids): raise DataError(f'This truth says nothing about {other} of {len(t.ids)} rows; give the rows that came with it.')
-    return SpanView([(k, y, _pieces(x, truth.spans[i])) for k, (i, x, y) in enumerate(zip(t.ids, t.texts, t.labels)) if truth[i]][:most])
+    return SpanView([(k, y, pieces(x, [(s.at, s.at+len(s.item)) for s in truth.spans[i]])) for k, (i, x, y) in enumerate(zip(t.ids, t.texts, t.labels)) if truth[i]][:most])
