@@ -18,9 +18,11 @@ __all__ = ['load_ipython_extension', 'unload_ipython_extension', 'Sample', 'Scor
            'dashboard', 'view', 'LiveScan', 'steering_view', 'scan_to', 'StoredScan', 'estimate', 'Estimate',
            'score_on', 'ScoreRows', 'ITEMS', 'SpanTruth', 'inject', 'inject_all', 'show_spans', 'load_classifier',
            'tune_classifier', 'TunedClassifier', 'CLASSIFY_PRESETS', 'attention_entropy', 'Steering', 'steering',
-           'entropy_rule', 'scan_tokens', 'TokenScan', 'occlude', 'word_encoder', 'rewrite_rows', 'rule_rewriter',
-           'paraphraser', 'instructed', 'spelling', 'grammar', 'retention', 'changed_words', 'SteeringGrid',
-           'run_steering', 'collect_steering', 'share_lines', 'forced_table', 'forced_chart', 'rank_maps']
+           'entropy_rule', 'with_peft', 'PEFT_KINDS', 'tune_adapter', 'TunedAdapter', 'ObliviateTrainer',
+           'obliviate_loss', 'frontier', 'attention_mass', 'scan_tokens', 'TokenScan', 'occlude', 'word_encoder',
+           'rewrite_rows', 'rule_rewriter', 'paraphraser', 'instructed', 'spelling', 'grammar', 'retention',
+           'changed_words', 'SteeringGrid', 'run_steering', 'collect_steering', 'share_lines', 'forced_table',
+           'forced_chart', 'rank_maps']
 
 # %% ../nbs/90_extension.ipynb #79f4fbe7
 from importlib import import_module
@@ -58,6 +60,8 @@ _home = {
     "DETECTORS": "detectors", "make_detector": "detectors", "detector_table": "detectors", "score_all": "detectors", "filter_all": "detectors",
     "finetune": "train", "FineTuned": "train", "TRAIN_PRESETS": "train",
     "load_classifier": "train", "tune_classifier": "train", "TunedClassifier": "train", "CLASSIFY_PRESETS": "train", "attention_entropy": "train",
+    "with_peft": "obliviate", "PEFT_KINDS": "obliviate", "tune_adapter": "obliviate", "TunedAdapter": "obliviate", "ObliviateTrainer": "obliviate", "obliviate_loss": "obliviate", "frontier": "obliviate",
+    "attention_mass": "obliviate",
     "Evaluation": "evaluate", "Behaviour": "evaluate", "behaviour": "evaluate", "Steering": "evaluate", "steering": "evaluate", "entropy_rule": "evaluate",
     "Grid": "experiment", "DataSet": "experiment", "run_grid": "experiment", "collect": "experiment", "over_seeds": "experiment",
     "experiment_grid": "experiment", "EXPERIMENTS": "experiment",
@@ -74,6 +78,7 @@ _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "D
          "score_strip", "score_against", "spectra", "sample_map", "precision_recall", "roc", "layer_map", "chart_svg", "still", "explain_row", "RowExplanation", "explain_verdict", "VerdictExplanation", "causal_check", "gradient_map", "GradientMap", "dashboard", "view", "LiveScan", "steering_view",
          "scan_to", "StoredScan", "estimate", "Estimate", "score_on", "ScoreRows", "ITEMS", "SpanTruth", "inject", "inject_all", "show_spans",
          "load_classifier", "tune_classifier", "TunedClassifier", "CLASSIFY_PRESETS", "attention_entropy", "Steering", "steering", "entropy_rule",
+         "with_peft", "PEFT_KINDS", "tune_adapter", "TunedAdapter", "ObliviateTrainer", "obliviate_loss", "frontier", "attention_mass",
          "scan_tokens", "TokenScan", "occlude", "word_encoder", "rewrite_rows", "rule_rewriter", "paraphraser", "instructed", "spelling", "grammar", "retention", "changed_words",
          "SteeringGrid", "run_steering", "collect_steering", "share_lines", "forced_table", "forced_chart", "rank_maps"]
 
