@@ -27,6 +27,7 @@ STORED, PACKED = HERE/'results'/'steering.csv', HERE.parent/'gradsentry_nb/demo_
 SEEDS = 201, 202, 203
 SHARES = 0, .01, .05, .25, .5, .75, 1
 ENCODER = 'MiniLM-L6'
+COMMON, ROWS = ({k: d[k] for k in keys} for d, keys in ((REGIMES['adamw']['tuning'], ('steps', 'batch', 'max_length', 'group')), (REGIMES['adamw'], ('train_rows', 'test_rows'))))   # of the other studies of tuned classifiers, too
 
 
 def texts(name):
