@@ -19,7 +19,9 @@ __all__ = ['load_ipython_extension', 'unload_ipython_extension', 'Sample', 'Scor
            'ITEMS', 'SpanTruth', 'inject', 'inject_all', 'show_spans', 'load_classifier', 'tune_classifier',
            'TunedClassifier', 'CLASSIFY_PRESETS', 'attention_entropy', 'Steering', 'steering', 'entropy_rule',
            'scan_tokens', 'TokenScan', 'occlude', 'word_encoder', 'SteeringGrid', 'run_steering', 'collect_steering',
-           'share_lines', 'forced_table', 'forced_chart', 'rank_maps']
+           'share_lines', 'forced_table', 'forced_chart', 'rank_maps', 'encode', 'plant_backbone', 'load_backbone',
+           'BackboneBackdoor', 'with_triggers', 'BACKBONE_ATTACKS', 'probe_backbone', 'BackboneScan', 'TriggerFlips',
+           'backbone_asr', 'trigger_flips', 'compare_flips', 'mcnemar']
 
 # %% ../nbs/90_extension.ipynb #79f4fbe7
 from importlib import import_module
@@ -61,6 +63,8 @@ _home = {
     "experiment_grid": "experiment", "EXPERIMENTS": "experiment",
     "SteeringGrid": "ssti_study", "run_steering": "ssti_study", "collect_steering": "ssti_study", "share_lines": "ssti_study", "forced_table": "ssti_study", "forced_chart": "ssti_study",
     "rank_maps": "ssti_study",
+    "encode": "encoder", "plant_backbone": "attacks.backbone", "load_backbone": "attacks.backbone", "BackboneBackdoor": "attacks.backbone", "with_triggers": "attacks.backbone", "BACKBONE_ATTACKS": "attacks.backbone",
+    "probe_backbone": "backbone_scan", "BackboneScan": "backbone_scan", "TriggerFlips": "evaluate", "backbone_asr": "evaluate", "trigger_flips": "evaluate", "compare_flips": "evaluate", "mcnemar": "evaluate",
 }
 _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "DataError", "ModelError", "SettingError", "load_samples", "demo_path",
          "demo_samples", "demo_truth", "demo_model", "QA_SETS", "load_qa", "qa_samples", "gold_answers", "GradFactors", "Capture", "linear_layers",
@@ -73,7 +77,8 @@ _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "D
          "scan_to", "StoredScan", "estimate", "Estimate", "score_on", "ScoreRows", "ITEMS", "SpanTruth", "inject", "inject_all", "show_spans",
          "load_classifier", "tune_classifier", "TunedClassifier", "CLASSIFY_PRESETS", "attention_entropy", "Steering", "steering", "entropy_rule",
          "scan_tokens", "TokenScan", "occlude", "word_encoder",
-         "SteeringGrid", "run_steering", "collect_steering", "share_lines", "forced_table", "forced_chart", "rank_maps"]
+         "SteeringGrid", "run_steering", "collect_steering", "share_lines", "forced_table", "forced_chart", "rank_maps",
+         "encode", "plant_backbone", "load_backbone", "BackboneBackdoor", "with_triggers", "BACKBONE_ATTACKS", "probe_backbone", "BackboneScan", "TriggerFlips", "backbone_asr", "trigger_flips", "compare_flips", "mcnemar"]
 
 # %% ../nbs/90_extension.ipynb #9a431495
 def __getattr__(name):
