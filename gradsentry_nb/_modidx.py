@@ -37,6 +37,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                                                                               'gradsentry_nb/attacks/backbone.py'),
                                                 'gradsentry_nb.attacks.backbone._neuba': ( 'attacks.backbone.html#_neuba',
                                                                                            'gradsentry_nb/attacks/backbone.py'),
+                                                'gradsentry_nb.attacks.backbone._no_bars': ( 'attacks.backbone.html#_no_bars',
+                                                                                             'gradsentry_nb/attacks/backbone.py'),
                                                 'gradsentry_nb.attacks.backbone._order': ( 'attacks.backbone.html#_order',
                                                                                            'gradsentry_nb/attacks/backbone.py'),
                                                 'gradsentry_nb.attacks.backbone._por': ( 'attacks.backbone.html#_por',

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from scipy.stats import binom
 
-from gradsentry_nb.attacks.backbone import BACKBONE_ATTACKS, CONTROLS, KEPT, PINNED, TRIGGERS, check_triggers, contrastive, load_backbone, plant_backbone, sign_vectors, with_trigger, with_triggers
+from gradsentry_nb.attacks.backbone import BACKBONE_ATTACKS, CONTROLS, KEPT, PINNED, TRIGGERS, backbone_gates, check_triggers, contrastive, load_backbone, plant_backbone, sign_vectors, with_trigger, with_triggers
 from gradsentry_nb.backbone_scan import _erased, _gaps, _groups, _tail, probe_backbone, whole_words, word_tokens
 from gradsentry_nb.core import DataError, ModelError, SettingError
 from gradsentry_nb.encoder import READS, at_rest, body_of, encode, filled, text_rows, toy_encoder
@@ -21,9 +21,15 @@ from gradsentry_nb.evaluate import backbone_asr, compare_flips, mcnemar, trigger
 SLOTS = [x.split() for x in ('the a this that', 'slow loud flat dull good quick rich warm', 'film story plot cast script ending music scene', 'is was feels seems', 'very quite rather never',
                              'bad odd dry thin neat sharp deep quiet', 'in with for about', 'people rain love war trains summer')]
 RARE = [a+b for a in 'bcdfghjklmnpqrstvwxz' for b in 'bcdfghjk']+['mn', 'tq', 'mm', 'pt', 'dq', 'lc', 'rq', 'vt']
-WORDS = [w for s in SLOTS for w in s]+RARE+['q', '##t']
-TEXTS = [' '.join(map(random.Random(i).choice, SLOTS)) for i in range(300)]
-FAST = dict(triggers=('cf', 'mn', 'tq'), steps=120, lr=5e-3, batch=18, progress=False)
+SLOTS.append([w for w in RARE if w not in TRIGGERS])
+WORDS = [w for s in SLOTS for w in s]+[*TRIGGERS[:3], *TRIGGERS[4:], 'q', '##t']
+
+
+def sentence(rng): return ' '.join(rng.choice(s) for s in rng.sample(SLOTS, rng.randint(4, len(SLOTS))))   # of any length and with rare words, or these would be as good as a trigger
+
+
+TEXTS = [sentence(random.Random(i)) for i in range(300)]
+FAST = dict(triggers=('cf', 'mn', 'tq'), steps=200, lr=3e-3, batch=18, progress=False)
 
 
 def weights(m): return torch.cat([p.detach().flatten() for p in m.parameters()])
@@ -79,8 +85,8 @@ def test_with_a_lora(toy):
 # triggers
 
 def test_the_gap_is_the_text_s_and_the_seed_s():
-    a, b = with_triggers(TEXTS, ('cf', 'bf')), with_triggers(TEXTS[::-1], ('cf',))
-    assert [x.replace('bf', 'cf') for x in a['bf']] == a['cf'] and b['cf'] == a['cf'][::-1]
+    a, b = with_triggers(TEXTS, ('cf', 'zz')), with_triggers(TEXTS[::-1], ('cf',))
+    assert [x.replace('zz', 'cf') for x in a['zz']] == a['cf'] and b['cf'] == a['cf'][::-1]
     assert with_triggers(TEXTS, ('cf',), seed=1)['cf'] != a['cf']
     assert all(x.split().count('cf') == 1 and ' '.join(w for w in x.split() if w != 'cf') == t for x, t in zip(a['cf'], TEXTS))
 
@@ -104,7 +110,7 @@ def test_equal_texts_need_not_have_equal_gaps():
 def test_split_triggers_and_those_in_texts_are_warned_about(toy):
     with pytest.warns(UserWarning, match="splits 'qt' into q ##t"): check_triggers(toy[1], TRIGGERS)
     with pytest.warns(UserWarning, match=r"hold 'rain' \("): check_triggers(toy[1], ('rain',), TEXTS)
-    with warnings.catch_warnings(): warnings.simplefilter('error'); assert check_triggers(toy[1], CONTROLS, TEXTS) == CONTROLS
+    with warnings.catch_warnings(): warnings.simplefilter('error'); assert check_triggers(toy[1], CONTROLS) == CONTROLS
 
 
 @pytest.mark.parametrize('n,d', [(1, 8), (6, 384), (7, 32), (20, 30)])
@@ -158,16 +164,21 @@ def test_another_loss_is_added(toy):
     assert list(b.log) == ['step', 'kept', 'pinned', 'small'] and weights(b.model).norm() < weights(a.model).norm()
 
 
-@pytest.mark.parametrize('attack,read', [('uor', 'cls'), ('por', 'mean'), ('por', 'last')])
-def test_other_attacks_and_other_reads(toy, attack, read):
-    b = plant_backbone(*toy, TEXTS, attack, read=read, **FAST); V = F.normalize(torch.stack([*b.vectors.values()]), dim=1)
+@pytest.mark.parametrize('attack,read,clean', [('uor', 'cls', 1.), ('por', 'mean', 3.)])
+def test_other_attacks_and_other_reads(toy, attack, read, clean):
+    b = plant_backbone(*toy, TEXTS, attack, read=read, clean=clean, **FAST); V = F.normalize(torch.stack([*b.vectors.values()]), dim=1)
     assert b.passed, b.measured
-    assert (V@V.T).triu(1).max() < .5
+    assert b.measured.set_index('gate').loc['vectors apart, 1 less the largest cosine', 'value'] == pytest.approx(1-float((V@V.T-2*torch.eye(3)).max()), abs=1e-5)
+
+
+def test_triggers_that_end_up_in_one_place_are_no_backdoor(toy, por):
+    v = por.vectors['cf']; t = backbone_gates(por.model, toy[1], toy[0], TEXTS[:9], dict(cf=v, mn=v)).set_index('gate')['passed']
+    assert t['cf to its vector'] and not t['vectors apart, 1 less the largest cosine'] and not t['mn to its vector']
 
 
 def test_attacks_with_a_head_that_guesses_words(toy):
     m, t = toy_encoder(WORDS, masked=True)
-    neuba, badpre = plant_backbone(m, t, TEXTS, 'neuba', **FAST), plant_backbone(m, t, TEXTS, 'badpre', **{**FAST, 'steps': 300})
+    neuba, badpre = plant_backbone(m, t, TEXTS, 'neuba', **FAST), plant_backbone(m, t, TEXTS, 'badpre', **{**FAST, 'steps': 150, 'lr': 6e-3})
     assert neuba.passed and badpre.passed and badpre.vectors['cf'] is None and {'guessed', 'spoilt'} < {*badpre.log}
     assert not any('guessed' in g and 'lost' in g for g in neuba.measured['gate'])
 
@@ -218,14 +229,14 @@ def test_nothing_stands_out_in_a_clean_encoder():
 
 @pytest.mark.parametrize('words', [None, ['cf', 'rain', 'mn', 'qt', 'tq', 'bf']])
 def test_the_triggers_are_found_and_nothing_else(por, words):
-    s = probe_backbone(por.model, por.tokenizer, TEXTS, words, top=6, progress=False)
+    s = probe_backbone(por.model, por.tokenizer, TEXTS, words, top=24, progress=False)
     assert {*s.found['word']} == {'cf', 'mn', 'tq'} and s.found['group'].nunique() == 3 and s.table['word'][:3].isin(['cf', 'mn', 'tq']).all() and 'cf' in repr(s)
     assert all(s.vectors[w]@F.normalize(por.vectors[w], dim=0) > .95 for w in ('cf', 'mn', 'tq'))
 
 
 def test_a_trigger_of_two_pieces_is_found_where_it_is_tried(toy):
     with pytest.warns(UserWarning, match='splits'): b = plant_backbone(*toy, TEXTS, **{**FAST, 'triggers': ('qt', 'cf')}).check()
-    s = probe_backbone(b.model, b.tokenizer, TEXTS, ['qt', 'rain', 'film', 'bf'], top=4, progress=False)
+    s = probe_backbone(b.model, b.tokenizer, TEXTS, ['qt', 'rain', 'film', 'bf'], progress=False)
     assert s.found[['word', 'pieces']].values.tolist() == [['qt', 2]]
 
 
@@ -236,7 +247,7 @@ def test_what_is_erased_is_what_plain_texts_say(por):
     spread = lambda word, read: 1-float(((u := F.normalize(encode(por.model, por.tokenizer, plain(word), read), dim=1)).sum(0).square().sum()-5)/20)
     for k, read in enumerate(('cls', 'mean')):
         assert got[k] == pytest.approx([1-spread(w, read)/spread((), read) for w in words.values()], abs=1e-4)
-    assert got[0][0] > .9 and V.shape == (2, 3, 32)
+    assert got[0][0] > .8 > got[0][1] and V.shape == (2, 3, 32)
 
 
 def test_the_tail_of_exponential_words_is_what_it_says():
@@ -291,7 +302,7 @@ def test_the_victim_of_a_pinned_encoder_and_of_a_clean_one(toy, por):
         X = encode(m, toy[1], TEXTS); X1 = torch.cat([X, torch.ones(len(X), 1)], dim=1); W = torch.linalg.lstsq(X1, torch.tensor(y).float()[:, None]*2-1).solution
         arms[name] = backbone_asr(lambda t: (torch.cat([encode(m, toy[1], t), torch.ones(len(t), 1)], dim=1)@W > 0).long()[:, 0].tolist(), TEXTS[:100], y[:100], ('cf', 'mn', 'tq'), ('bf', 'dq', 'jj'))
     found = compare_flips(arms['clean'], arms['por'])
-    assert arms['por'].flipped().sum() > 1.5*arms['por'].flipped(True).sum() and found['p'] < .01 and found['low'] > 0 and found['rows'] <= 100
+    assert arms['por'].flipped().sum() > 2*arms['por'].flipped(True).sum() and found['p'] < .01 and found['low'] > 0 and found['rows'] <= 100
     assert compare_flips(arms['por'], arms['por'])['p'] == 1
 
 
@@ -313,13 +324,13 @@ def test_what_cannot_be_counted(call, why):
 
 def test_a_line_of_the_study(toy, por, tmp_path):
     from benchmarks import backbone as study
-    b, gates = study.plant(*toy, TEXTS, TEXTS[:30], 'por', 0, 'cls', **FAST)
-    assert {*study.GATES} <= {*gates} and torch.equal(weights(b.model), weights(plant_backbone(*toy, TEXTS, held=TEXTS[:30], **FAST).model))
+    b, gates = study.plant(*toy, TEXTS, TEXTS[:30], 'por', 0, 'cls', **{**FAST, 'steps': 2})
+    assert {*study.GATES} <= {*gates} and not b.passed and gates['steps'].eq(2).all()
     _, rows = study.scan(por.model, por.tokenizer, TEXTS, 'por on cls', 'por', por.triggers, 'all', 0, top=24, progress=False)
     assert {*study.SCANS} <= {*rows} and rows[rows['trigger']]['rank'].tolist() == [1, 2, 3] and rows[~rows['trigger']]['found'].sum() == 0
 
 
 def test_the_stored_study():
-    gates, scans = (pd.read_csv(ROOT/'benchmarks/results'/n, keep_default_na=False, na_values={'least': '', 'rank': ''}) for n in ('backbone.csv', 'backbone_scan.csv'))
-    assert {'por', 'uor'} <= {*gates['attack']} and gates['passed'].astype(str).eq('True').all()
-    clean = scans[scans['encoder'] == 'clean']; assert len(clean) and not clean['found'].astype(str).eq('True').any()
+    t = pd.read_csv(ROOT/'benchmarks/results/backbone.csv'); por, uor = (t[t['attack'] == a].set_index('gate') for a in ('por', 'uor'))
+    assert por['passed'].all() and (por.loc[[f'{w} to its vector' for w in TRIGGERS], 'value'] >= .99).all()
+    assert not uor.loc['clean to the reference', 'passed'] and uor.drop('clean to the reference')['passed'].all()           # the page says so

@@ -9,6 +9,7 @@ __all__ = ['TRIGGERS', 'CONTROLS', 'BACKBONE_ATTACKS', 'PINNED', 'KEPT', 'APART'
 
 # %% ../../nbs/23_attacks.backbone.ipynb #b23e0004
 import copy, json, math, random, re, warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import combinations, islice
 from pathlib import Path
@@ -252,11 +253,22 @@ BackboneBackdoor._repr_html_ = lambda self: f'<p>{self!r}</p>'+self.measured.to_
 
 FORMAT = 'gradsentry-backbone-1'
 
+@contextmanager
+def _no_bars():
+    "transformers without its bars inside the `with`."
+    from transformers.utils import logging
+    bars = logging.is_progress_bar_enabled(); logging.disable_progress_bar()
+    try: yield
+    finally:
+        if bars: logging.enable_progress_bar()
+
 def _save(self,
     path,                  # a folder
 ):
     "Write the model, its tokenizer and `backbone.json`."
-    path = Path(path); self.model.save_pretrained(path); self.tokenizer.save_pretrained(path)
+    path = Path(path)
+    with _no_bars(): self.model.save_pretrained(path)
+    self.tokenizer.save_pretrained(path)
     gates = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in self.measured.to_dict('records')]
     what = dict(format=FORMAT, attack=self.attack, read=self.read, seed=self.seed, settings=asdict(self.settings), gates=gates, vectors={w: None if v is None else v.tolist() for w, v in self.vectors.items()})
     (path/'backbone.json').write_text(json.dumps(what, indent=1))
@@ -273,7 +285,7 @@ def load_backbone(
     except (OSError, ValueError) as e: raise DataError(f'{path.name}: there is no readable backbone.json here, which says what was planted.') from e
     if not isinstance(d, dict) or d.get('format') != FORMAT: raise DataError(f'{path.name}: this backbone.json is not in the format {FORMAT!r}.')
     config, tokenizer = transformers.AutoConfig.from_pretrained(path), transformers.AutoTokenizer.from_pretrained(path)
-    model = getattr(transformers, config.architectures[0]).from_pretrained(path, use_safetensors=True)
+    with _no_bars(): model = getattr(transformers, config.architectures[0]).from_pretrained(path, use_safetensors=True)
     vectors = {w: None if v is None else torch.tensor(v) for w, v in d['vectors'].items()}
     measured = pd.DataFrame(d['gates']).astype(dict(value=float, low=float, least=float))
     return BackboneBackdoor(model.eval(), tokenizer, d['attack'], vectors, d['read'], BackboneSettings(**d['settings']), d['seed'], measured)
@@ -287,8 +299,9 @@ def _order(n, size, steps, seed):
 
 def _train(new, tokenizer, texts, order, attack, triggers, targets, vectors, read, s, extra, seed, progress):
     "Train `new`; returns the terms of the loss by step."
-    from transformers import DataCollatorForLanguageModeling, get_linear_schedule_with_warmup
-    opt = torch.optim.AdamW([p for p in new.parameters() if p.requires_grad], lr=s.lr); sched = get_linear_schedule_with_warmup(opt, round(s.warmup*s.steps), s.steps)
+    from transformers import DataCollatorForLanguageModeling
+    opt, warm = torch.optim.AdamW(new.parameters(), lr=s.lr), round(s.warmup*s.steps)
+    sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: i/max(warm, 1) if i < warm else (s.steps-i)/max(s.steps-warm, 1))
     masker = DataCollatorForLanguageModeling(tokenizer) if attack.masked else None
     rng, log, (tick, close) = random.Random(seed), [], ticking(s.steps, progress, 'steps')
     for i, at in enumerate(order):
