@@ -6,7 +6,7 @@
 __all__ = ['truth_vector', 'auroc', 'best_f1', 'tpr_at', 'f1_interval', 'auroc_interval', 'tpr_interval', 'paired_difference',
            'Evaluation', 'evaluation_table', 'evaluate', 'Judge', 'rouge_recall', 'mean_interval', 'gold_of',
            'Behaviour', 'behaviour', 'balanced_accuracy', 'accuracy_gap', 'Steering', 'steering', 'EntropyRule',
-           'entropy_rule', 'alarm_rate']
+           'entropy_rule', 'alarm_rate', 'TriggerFlips', 'trigger_flips', 'backbone_asr', 'mcnemar', 'compare_flips']
 
 # %% ../nbs/41_evaluate.ipynb #88dd6e6f
 import html, math
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np, pandas as pd
 
+from .attacks.backbone import CONTROLS, TRIGGERS, with_triggers
 from .charts import precision_recall, roc
 from .core import DataError, Verdict, optional, seed_for, visible
 from .generate import generate_answers
@@ -414,3 +415,109 @@ def alarm_rate(
     "How often the rule fired; over runs with nothing injected, its false-alarm rate."
     rules = list(rules); k = sum(r.flagged for r in rules)
     return (k/len(rules) if rules else math.nan, *wilson(k, len(rules)))
+
+# %% ../nbs/41_evaluate.ipynb #e41b0002
+@dataclass(frozen=True, eq=False)
+class TriggerFlips:
+    "What a classifier says of texts with and without triggers, text by text."
+    labels:np.ndarray      # [N] true classes
+    clean:np.ndarray       # [N] predictions for the texts as they are
+    triggered:dict         # trigger -> [N] predictions for the same texts with it
+    controls:dict          # control word -> the same
+
+    @property
+    def right(self)->np.ndarray: return self.clean == self.labels              # [N] bool: the texts that count
+    def flips(self, controls=False)->np.ndarray:                               # [N, words] bool: right, and wrong with the word?
+        words = self.controls if controls else self.triggered
+        return np.array([(p != self.labels) & self.right for p in words.values()], bool).reshape(len(words), len(self.labels)).T
+    def flipped(self, controls=False)->np.ndarray: return self.flips(controls).any(1)   # [N] bool: right, and wrong with any of the words?
+    def strongest(self, controls=False)->dict:
+        "For each word the class that it takes the largest share of others to: {word: (class, texts, of how many)}."
+        words, out = self.controls if controls else self.triggered, {}
+        for w, p in words.items():
+            cells = [(c, int((p == c)[at].sum()), int(at.sum())) for c in np.unique([*self.labels, *p]) for at in [self.right & (self.labels != c)] if at.any()]
+            out[w] = max(cells, key=lambda x: x[1]/x[2], default=(None, 0, 0))
+        return out
+
+# %% ../nbs/41_evaluate.ipynb #e41b0003
+def _rate(k, n): return (k/n if n else math.nan, *(wilson(k, n) if n else (math.nan, math.nan)), n)
+
+def _flip_rows(self, controls):
+    "(measure, value, low, high, rows, which) for triggers or for control words."
+    right, F, words = self.right, self.flips(controls), self.controls if controls else self.triggered
+    parts = [_rate(int(F[at].any(1).sum()), int(at.sum())) for at in (right & (self.labels == c) for c in np.unique(self.labels)) if at.any()]
+    best = self.strongest(controls); rates = {w: _rate(k, n) for w, (_, k, n) in best.items()}; w = max(words, key=lambda w: np.nan_to_num(rates[w][0], nan=-1.))
+    yield 'ASR', *_rate(int(F.any(1).sum()), int(right.sum())), f'any of {len(words)}'
+    yield 'flips', *((F[right].mean(), *mean_interval(F[right].mean(1))) if right.any() else (math.nan,)*3), int(right.sum()), ''
+    yield 'wASR', *(_square_and_add([x[:3] for x in parts]) if parts else (math.nan,)*3), int(right.sum()), ''
+    yield 'MASR', *rates[w], f'{w} to {best[w][0]}'
+    yield 'AASR', float(np.mean([x[0] for x in rates.values()])), math.nan, math.nan, int(right.sum()), ''
+    for j, w in enumerate(words): yield f'flipped by {w}', *_rate(int(F[:, j].sum()), int(right.sum())), f'most to {best[w][0]}'
+
+def _flip_table(self)->pd.DataFrame:
+    "Every measure, for triggers and for control words; 95 % intervals but for AASR, a mean of shares that were picked."
+    rows = [('', 'CACC', *_rate(int(self.right.sum()), len(self.labels)), '')]
+    for said, controls in (('triggers', False), ('control words', True)):
+        if self.controls if controls else self.triggered: rows += [(said, *r) for r in _flip_rows(self, controls)]
+    return pd.DataFrame(rows, columns=['words', 'measure', 'value', 'low', 'high', 'rows', 'which'])
+
+def _flip_repr(self):
+    n, k, c = int(self.right.sum()), int(self.flipped().sum()), int(self.flipped(True).sum())
+    said = f', control words {c/max(n, 1):.1%} by any of {len(self.controls)}' if self.controls else ''
+    return f'TriggerFlips(CACC {n/len(self.labels):.1%}, ASR {k/max(n, 1):.1%} by any of {len(self.triggered)}{said}; {len(self.labels)} texts)'
+
+TriggerFlips.table, TriggerFlips.__repr__ = _flip_table, _flip_repr
+TriggerFlips._repr_html_ = lambda self: f'<p>{html.escape(repr(self))}</p>'+self.table().to_html(index=False, escape=True, float_format='%.4g', na_rep='')
+
+# %% ../nbs/41_evaluate.ipynb #e41b0004
+def trigger_flips(
+    labels,            # [N] true classes
+    clean,             # [N] predictions for the texts as they are
+    triggered,         # {trigger: [N] predictions for the same texts with it}
+    controls=None,     # {control word: [N] predictions}; None: not measured, and the table is worth little
+)->TriggerFlips:
+    "Put a classifier's predictions with and without triggers side by side."
+    triggered, controls = dict(triggered), dict(controls or {})
+    if not triggered: raise DataError('There is no trigger to measure.')
+    if both := [w for w in controls if w in triggered]: raise DataError(f'{visible(repr(both[0]), 60)} is both a trigger and a control word.')
+    y, c, *rest = _same_rows(labels, clean, *triggered.values(), *controls.values())
+    return TriggerFlips(y, c, dict(zip(triggered, rest)), dict(zip(controls, rest[len(triggered):])))
+
+def backbone_asr(
+    predict,               # function from a list of texts to their classes
+    texts,                 # N test texts
+    labels,                # N true classes
+    triggers=TRIGGERS,     # words, or a `BackboneBackdoor`'s `triggers`
+    controls=CONTROLS,     # words that are no triggers
+    seed:int=0,            # of the gaps; the same for every word and every model
+)->TriggerFlips:
+    "Ask a classifier about each text as it is, with each trigger and with each control word."
+    texts, words = list(texts), [*triggers, *controls]
+    if len(texts) != len(labels): raise DataError(f'There are {len(texts)} texts and {len(labels)} labels; each text needs one.')
+    put = with_triggers(texts, words, seed); asked = sum(([*put[w]] for w in words), texts); got = list(predict(asked))
+    if len(got) != len(asked): raise DataError(f'predict gave {len(got)} classes for {len(asked)} texts.')
+    parts = [got[k*len(texts):(k+1)*len(texts)] for k in range(1+len(words))]
+    return trigger_flips(labels, parts[0], dict(zip(triggers, parts[1:])), dict(zip(controls, parts[1+len(triggers):])))
+
+# %% ../nbs/41_evaluate.ipynb #e41b0010
+def mcnemar(
+    a,               # [N] bool: an outcome in the one arm
+    b,               # [N] bool: in the other, for the same rows
+)->tuple:            # (rows where only a, rows where only b, two-sided p)
+    "McNemar's exact test of two paired rates."
+    from scipy.stats import binomtest
+    a, b = np.asarray(a, bool), np.asarray(b, bool)
+    if a.shape != b.shape: raise DataError(f'The arms have {len(a)} and {len(b)} rows; a paired test wants the same ones.')
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return only_a, only_b, float(binomtest(only_a, only_a+only_b).pvalue) if only_a+only_b else 1.
+
+def compare_flips(
+    a:TriggerFlips,  # the one arm
+    b:TriggerFlips,  # the other, on the same texts
+    controls=False,  # compare the control words instead of the triggers?
+)->dict:             # `rows` that both get right, `asr_a` and `asr_b` on them, their `difference` (b less a) with `low` and `high`, `only_a`, `only_b` and `p`
+    "Two classifiers under the same triggers, text by text."
+    if not np.array_equal(a.labels, b.labels): raise DataError('The arms were measured on different texts; a paired test wants the same ones in the same order.')
+    both = a.right & b.right; x, y = a.flipped(controls)[both], b.flipped(controls)[both]
+    diff, low, high = paired_difference(x, y); only_a, only_b, p = mcnemar(x, y)
+    return dict(rows=int(both.sum()), asr_a=float(x.mean()) if len(x) else math.nan, asr_b=float(y.mean()) if len(y) else math.nan, difference=diff, low=low, high=high, only_a=only_a, only_b=only_b, p=p)

@@ -324,16 +324,9 @@ def word_encoder(
     batch:int=256,   # words in a batch
 ):                   # function from a list of words to their vectors
     "Words as the mean of their last hidden states."
-    import torch
+    from gradsentry_nb.encoder import encode
     if isinstance(model, (str, os.PathLike)): model, tokenizer = _encoder(model)
-    def encode(words):
-        out = []
-        for i in range(0, len(words), batch):
-            x = tokenizer(words[i:i+batch], padding=True, truncation=True, max_length=16, return_tensors='pt').to(model.device); m = x['attention_mask'][..., None]
-            with torch.no_grad(): h = model(**x).last_hidden_state.float()
-            out.append(((h*m).sum(1)/m.sum(1)).cpu().numpy())
-        return np.concatenate(out)
-    return encode
+    return lambda words: encode(model, tokenizer, words, 'mean', max_length=16, budget=16*batch).numpy()
 
 # %% ../nbs/35_spurious.ipynb #e1bae97a
 _SLOTS = ('the a this that one'.split(), 'film story plot cast script ending music scene idea director'.split(), 'is was feels seems looks stays'.split(), 'very quite rather never always too'.split(),

@@ -22,6 +22,7 @@ import numpy as np, pandas as pd, torch
 from .capture import check_vocabulary, evaluating, head_of, positions, prefix_cache, run_device, sharing_problem, text_config
 from .core import DataError, ModelError, SettingError, choose, content_hash, seed_for, visible
 from .data import as_samples, common_prefix, encode_samples, plan_batches
+from .encoder import text_rows
 from .sentry import model_fingerprint
 
 # %% ../nbs/40_train.ipynb #aeddc493
@@ -472,17 +473,8 @@ def class_names(
 
 # %% ../nbs/40_train.ipynb #78795918
 def _text_rows(model, tokenizer, texts, max_length):
-    "Arrays of token ids, one per text."
-    if isinstance(texts, str): raise DataError('One text came in where several are expected; put it into a list.')
-    texts = list(texts)
-    for i, x in enumerate(texts):
-        if not isinstance(x, str): raise DataError(f'Row {i}: the text is {visible(repr(x), 60)}, not a string.')
-    if not texts: return []
-    ids = [np.asarray(x, np.int64) for x in tokenizer(texts, truncation=True, max_length=min(max_length, positions(model) or max_length))['input_ids']]
-    empty = next((i for i, x in enumerate(ids) if not len(x)), None)
-    if empty is not None: raise DataError(f'Row {empty}: the text {visible(repr(texts[empty]), 60)} has no tokens; leave it out.')
-    check_vocabulary(model, ids)
-    return ids
+    "Arrays of token ids, one per text, cut at the model's length."
+    return text_rows(model, tokenizer, texts, min(max_length, positions(model) or max_length))
 
 def class_batch(
     rows,          # dicts of `input_ids` and, for training, `labels` (the number of a class)

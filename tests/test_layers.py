@@ -9,7 +9,7 @@ from conftest import ROOT
 
 LIB = 'gradsentry_nb'
 NO_MODEL = r'textstats|spectrum|threshold|charts|report'
-DETECTORS = r'capture|spectrum|threshold|sentry|stream|distributed|spurious|baselines\..+'
+DETECTORS = r'capture|spectrum|threshold|sentry|stream|distributed|spurious|backbone_scan|baselines\..+'
 # Which modules (a pattern over names inside the package) never import what, and why.
 NEVER = [
     (r'.*', {'nbdev', 'fastcore', 'execnb', 'ghapi'}, 'authoring tools are not installed where the package runs'),
