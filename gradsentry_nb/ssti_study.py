@@ -415,7 +415,7 @@ def rank_maps(
 # %% ../nbs/44_ssti_study.ipynb #3a68d475
 _COMMON = dict(steps=100, batch=32, max_length=48, group=True)
 REGIMES = {   # name -> fields of a `SteeringGrid`: what the cells of the stored study share; the paper's optimizer and schedule are the first one's
-    'adafactor': dict(tuning=dict(_COMMON, optimizer='adafactor', schedule='cosine', weight_decay=1e-5, dropout=.05), lrs=(3e-3,), train_rows=3000, test_rows=600),   # the least of four rates at which every rank learns the task
+    'adafactor': dict(tuning=dict(_COMMON, optimizer='adafactor', schedule='cosine', weight_decay=1e-5, dropout=.05), lrs=(3e-3,), train_rows=3000, test_rows=600),   # the only one of four rates at which rank 1 learns the task
     'adamw': dict(tuning=dict(_COMMON, optimizer='adamw'), lrs=(1e-3,), train_rows=3000, test_rows=600),
 }
 KIND = 'model', 'dataset', 'items', 'target', 'head', 'targets', 'optimizer', 'steps', 'batch'   # what a setting is, besides rank, share, amount and learning rate
