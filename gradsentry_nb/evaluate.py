@@ -96,8 +96,9 @@ def auroc_interval(
     if not n or not m: return math.nan, math.nan
     r = rankdata(score)
     above, below = (r[y]-rankdata(score[y]))/m, 1-(r[~y]-rankdata(score[~y]))/n     # each row's own share of the area
-    se = math.sqrt(above.var(ddof=1)/n+below.var(ddof=1)/m) if min(n, m) > 1 else math.sqrt(_hanley(a, n, m))
-    if a in (0., 1.) or not se: low = _farthest(n, m, z); return (low, 1.) if a >= .5 else (0., 1-low)
+    se = math.sqrt(above.var(ddof=1)/n+below.var(ddof=1)/m) if min(n, m) > 1 else 0.
+    se = se or math.sqrt(_hanley(a, n, m))                                          # a score that is the same for all rows has no variance, and says nothing
+    if a in (0., 1.): low = _farthest(n, m, z); return (low, 1.) if a >= .5 else (0., 1-low)
     return tuple(float(1/(1+math.exp(-(math.log(a/(1-a))+s*z*se/(a*(1-a)))))) for s in (-1, 1))
 
 # %% ../nbs/41_evaluate.ipynb #141509c2

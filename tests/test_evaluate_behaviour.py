@@ -130,6 +130,8 @@ def test_perfect_is_not_certain():
         assert 0 <= low < 1 == high and worse == pytest.approx((0, 1-low))
         assert f1_interval(k, 0, 0)[0] < 1 and tpr_interval(np.arange(2*k), np.arange(2*k) >= k)[1] > .9
     assert auroc_interval(np.arange(200), np.arange(200) >= 100)[0] > .95
+    low, high = auroc_interval(np.ones(60), np.arange(60) >= 30)       # the same score everywhere
+    assert .3 < low < .5 < high < .7 and low+high == pytest.approx(1)
 
 
 @given(labelled)
