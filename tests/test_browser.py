@@ -203,5 +203,6 @@ def test_the_study_on_sliders(lab, lab_url):
     press(b, 'run this setting, seed 1')
     b.until('print(v.run.state, len(v.cells))', 'done 1', 60)
     b.page.locator('.widget-html', has_text='1 run, seed 1').wait_for(timeout=10_000)
+    b.page.locator('.widget-html svg').nth(1).wait_for(timeout=10_000)                        # the second picture comes with the run
     assert b.page.locator('.widget-html svg').count() == 2 and b.page.locator('.noUi-handle').count() == 3 and b.errors == []
     assert b.page.locator('[class^=gs-static]').count() == 1 and not b.page.locator('[class^=gs-static]').is_visible()
