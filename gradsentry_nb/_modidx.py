@@ -1527,6 +1527,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                          'gradsentry_nb.obliviate._in_head': ('obliviate.html#_in_head', 'gradsentry_nb/obliviate.py'),
                                          'gradsentry_nb.obliviate._lora': ('obliviate.html#_lora', 'gradsentry_nb/obliviate.py'),
                                          'gradsentry_nb.obliviate._prefix': ('obliviate.html#_prefix', 'gradsentry_nb/obliviate.py'),
+                                         'gradsentry_nb.obliviate._rows_by_batch': ( 'obliviate.html#_rows_by_batch',
+                                                                                     'gradsentry_nb/obliviate.py'),
                                          'gradsentry_nb.obliviate._takes_past': ( 'obliviate.html#_takes_past',
                                                                                   'gradsentry_nb/obliviate.py'),
                                          'gradsentry_nb.obliviate._whole': ('obliviate.html#_whole', 'gradsentry_nb/obliviate.py'),

@@ -458,6 +458,13 @@ def word_tokens(
     return found
 
 @torch.no_grad()
+def _rows_by_batch(model, tokenizer, texts, query, max_length, budget):
+    "Yield (texts, their batch, the `ScoreRows` of each layer) in batches of similar length."
+    with evaluating(model):
+        for at, batch in _text_batches(model, tokenizer, texts, max_length, budget):
+            with attention_rows(model, batch, query) as rows: model(**batch)
+            yield at, batch, rows
+
 def attention_mass(
     model,                 # a classifier, with an adapter or without
     tokenizer,             # its tokenizer, a fast one
@@ -471,14 +478,12 @@ def attention_mass(
     there, texts = word_tokens(tokenizer, texts, words, max_length), list(texts)
     if not any(x.any() for x in there): raise DataError(f'None of the {len(texts)} texts has any of the words {visible(repr(words), 100)} as a word.')
     out = np.full((len(texts), model.config.num_hidden_layers), np.nan)
-    with evaluating(model):
-        for at, batch in _text_batches(model, tokenizer, texts, max_length, budget):
-            with attention_rows(model, batch, query) as rows: model(**batch)
-            S, device = batch['input_ids'].shape[1], batch['input_ids'].device
-            on = torch.tensor(np.stack([np.pad(there[i], (0, S-len(there[i]))) for i in at]), device=device)      # [B, S]
-            for k, r in enumerate(rows):
-                mass = (r.attention()[..., -S:]*on[:, None, None]).sum(-1).mean(1)                                # [B, Q]
-                out[at, k] = ((mass*r.queries).sum(1)/r.queries.sum(1)).double().cpu().numpy()
+    for at, batch, rows in _rows_by_batch(model, tokenizer, texts, query, max_length, budget):
+        S, device = batch['input_ids'].shape[1], batch['input_ids'].device
+        on = torch.tensor(np.stack([np.pad(there[i], (0, S-len(there[i]))) for i in at]), device=device)          # [B, S]
+        for k, r in enumerate(rows):
+            mass = (r.attention()[..., -S:]*on[:, None, None]).sum(-1).mean(1)                                    # [B, Q]
+            out[at, k] = ((mass*r.queries).sum(1)/r.queries.sum(1)).double().cpu().numpy()
     out[[not x.any() for x in there]] = np.nan
     return out
 
@@ -509,7 +514,6 @@ def cosine_to(
     R, v = np.asarray(R, float), np.asarray(v, float)
     return (R*v).sum(-1)/np.linalg.norm(R, axis=-1)/np.linalg.norm(v, axis=-1)
 
-@torch.no_grad()
 def scores_left(
     model,                 # a classifier, with an adapter or without
     tokenizer,             # its tokenizer
@@ -520,10 +524,7 @@ def scores_left(
 )->np.ndarray:             # [N]
     "The L_reg of each text by itself: what is left of its scores."
     out = np.zeros(len(texts))
-    with evaluating(model):
-        for at, batch in _text_batches(model, tokenizer, texts, max_length, budget):
-            with attention_rows(model, batch, query) as rows: model(**batch)
-            out[at] = torch.stack([r.norm() for r in rows]).mean(0).double().cpu().numpy()
+    for at, _, rows in _rows_by_batch(model, tokenizer, texts, query, max_length, budget): out[at] = torch.stack([r.norm() for r in rows]).mean(0).double().cpu().numpy()
     return out
 
 # %% ../nbs/42_obliviate.ipynb #9e573072
