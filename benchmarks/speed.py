@@ -37,13 +37,13 @@ MIX, MODEL = SHARED/'data/qa/published-webqa-badnets-10.jsonl.gz', SHARED/'model
 
 def scan(model, encoded, share):
     "Capture and all statistics of the default preset."
-    roots = [row_roots(f) for _, f in Capture(model, share=share)(encoded)]
+    roots = [r for _, r in Capture(model, share=share)(encoded, row_roots)]
     for i in range(0, len(roots), 256): statistics(roots[i:i+256])
 
 
 def forward_only(model, encoded, share):
     "Capture without statistics, for the shares of time."
-    for _ in Capture(model, share=share)(encoded): pass
+    for _ in Capture(model, share=share)(encoded, lambda f: None): pass
 
 
 METHODS = {
