@@ -306,8 +306,9 @@ def obliviate_scan(
     "`probe_backbone` as the arguments want it; the texts need no labels."
     from gradsentry_nb.backbone_scan import probe_backbone, whole_words
     from gradsentry_nb.data import _taken
+    from gradsentry_nb.obliviate import query_of
     texts, (model, tokenizer) = _taken(rows, a.text_field, a.text_field).texts, _fresh(encoder, (0, 1), a)
-    return probe_backbone(model, tokenizer, texts, _words(a.triggers) or None, sample=a.sample, top=max(1, min(128, len(whole_words(tokenizer))//4)), seed=a.seed or 0, progress=progress)
+    return probe_backbone(model, tokenizer, texts, _words(a.triggers) or None, ('last' if query_of(model) == 'last' else 'cls', 'mean'), a.sample, top=max(1, min(128, len(whole_words(tokenizer))//4)), seed=a.seed or 0, progress=progress)
 
 def obliviate_tune(
     rows,           # texts with labels
@@ -869,8 +870,8 @@ def _obliviate_line(p):
     p.add_argument('texts', metavar='SOURCE', help='a variable that holds texts with labels, a file, or a hub name')
     obliviate_arguments(p)
 
-@magic(_obliviate_line, {'%gs_obliviate reviews --encoder ./my-model --triggers cf,mn --epochs 5': "defend(*load_classifier('./my-model', [0, 1]), texts, labels, triggers=['cf', 'mn'], epochs=5)",
-                         '%gs_obliviate reviews --encoder ./my-model --scan --sample 2000': "probe_backbone(*load_classifier('./my-model', [0, 1]), texts, sample=2000)"})
+@magic(_obliviate_line, {'%gs_obliviate reviews --encoder ./my-encoder --triggers cf,mn --epochs 5': "defend(*load_classifier('./my-encoder', [0, 1]), texts, labels, triggers=['cf', 'mn'], epochs=5)",
+                         '%gs_obliviate reviews --encoder ./my-encoder --scan --sample 2000': "probe_backbone(*load_classifier('./my-encoder', [0, 1]), texts, sample=2000)"})
 def _gs_obliviate(g, a):
     """Train an adapter for the labelled texts of SOURCE on an encoder that is not trusted, with the defence and without, and return the Defence: `d = %gs_obliviate SOURCE --encoder NAME`;
     `d.maps()` draws what it looks at, `d.run` is the adapter. With --scan look for words that take any text to the same place, and return the BackboneScan."""
