@@ -23,7 +23,7 @@ def beside():
 def test_speed_table_is_measured_side_by_side(beside, monkeypatch):
     some = ['64 tokens, 50% shared', 'the mix under three instructions']
     monkeypatch.setattr(speed, 'sets', lambda *a, every=speed.sets: {k: v for k, v in every(*a).items() if k in some})
-    table = speed.speed(48, 2, 512)
+    table = speed.speed(48, 1, 512)
     assert list(dict.fromkeys(table['set'])) == ['published WebQA mix', *some] and (table['rows_per_second'] > 0).all()
     for name, t in table.groupby('set', sort=False):
         assert list(t['method']) == [*(speed.METHODS if name not in some else (speed.PUBLISHED, speed.PLAIN, speed.OURS)), speed.FLOOR, speed.OWN]
