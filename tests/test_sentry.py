@@ -479,7 +479,7 @@ def test_interrupted_before_the_first_row(demo, rows, monkeypatch):
     class Stopped:
         notes = ()
         def __init__(self, *a, **k): pass
-        def __call__(self, rows): raise KeyboardInterrupt
+        def __call__(self, rows, reduce): raise KeyboardInterrupt
     sentry = Sentry(*demo)
     monkeypatch.setattr(module, 'Capture', Stopped)
     with pytest.raises(ScanInterrupted) as e: sentry.score(rows, False)
