@@ -36,9 +36,11 @@ def grid(**fields): return ObliviateGrid(**{**ROWS, **fields})
 def blocks():
     "Name of a block -> (backbones, data sets, grid), the most important first."
     return {
-        'paper': (('POR',), ('SST-2',), grid(kinds=('houlsby',), arms=('none', 'both'), steps=(2500,))),   # 20 epochs of 2,000 rows
-        'kinds': (('POR',), ('SST-2',), grid(kinds=KINDS, arms=TERMS)),
+        'paper': (('POR',), ('SST-2',), grid(kinds=('houlsby',), arms=('none',), steps=(2500,))),          # 20 epochs of 2,000 rows
+        'kinds': (('POR',), ('SST-2',), grid(kinds=KINDS, arms=('none', 'both'))),                         # 5 epochs, as everything else
         'clean': (('clean',), ('SST-2',), grid(kinds=KINDS, arms=('none', 'both'))),
+        'terms': (('POR',), ('SST-2',), grid(kinds=KINDS, arms=TERMS)),
+        'paper, defended': (('POR',), ('SST-2',), grid(kinds=('houlsby',), arms=('none', 'both'), steps=(2500,))),
         'steps': (('POR',), ('SST-2',), grid(kinds=('houlsby', 'lora'), arms=('none',), steps=(125, 250, 625, 1250, 2500))),
         'rates': (('POR',), ('SST-2',), grid(kinds=('houlsby', 'lora'), arms=('none',), lrs=(1e-4, 1e-3, 3e-3), steps=(250,))),
         'UOR': (('UOR',), ('SST-2',), grid(kinds=KINDS, arms=TERMS)),

@@ -435,7 +435,7 @@ def chosen_weights(
     return pd.DataFrame(picks).reset_index(drop=True)
 
 # %% ../nbs/45_obliviate_study.ipynb #045b0032
-SHARES = {'asr': 'ASR, any of six triggers', 'control_asr': 'the same with six control words', 'cacc': 'accuracy on clean texts'}
+SHARES = {'asr': 'ASR: any trigger', 'control_asr': 'any control word', 'cacc': 'clean accuracy'}
 
 def _shares(table, by):
     "Long: one row per kind of cell and share of `SHARES`, in percent, with its interval."
@@ -467,10 +467,10 @@ def arms_chart(
     if not len(done): return _empty('the table has no finished cells')
     f = _shares(done, ('backbone', 'kind', 'arm')).assign(panel=lambda d: d['kind']+' on '+d['backbone'].map(lambda b: f'the {b} backbone' if b == 'clean' else b))
     color, shape, _ = _who(f['measure'], 'measure')
-    base = alt.Chart(f).encode(alt.Y('arm:N', sort=list(dict.fromkeys(f['arm'])), title=None, axis=alt.Axis(grid=True)), color=color)
+    base = alt.Chart(f).encode(alt.Y('arm:N', sort=list(dict.fromkeys(f['arm'])), title=None, axis=alt.Axis(grid=True)), alt.YOffset('measure:N', sort=[*SHARES.values()]), color=color)
     X = lambda c: alt.X(f'{c}:Q', title='share of texts (%)', scale=alt.Scale(domain=[0, 100], clamp=True))
     layers = [base.mark_rule(opacity=.6).encode(X('low'), alt.X2('high:Q')), base.mark_point(size=50, filled=True, opacity=1).encode(X('value'), shape=shape, tooltip=list(f))]
-    panels = alt.layer(*layers).properties(width=230, height=alt.Step(22)).facet(alt.Facet('panel:N', title=None, sort=list(dict.fromkeys(f['panel'])), header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=3)
+    panels = alt.layer(*layers).properties(width=230, height=alt.Step(30)).facet(alt.Facet('panel:N', title=None, sort=list(dict.fromkeys(f['panel'])), header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=3)
     return themed(panels, 'What triggers do to an adapter, by what was done about them', _lines(f), width=None, height=None)
 
 def length_chart(
