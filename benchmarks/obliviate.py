@@ -8,7 +8,6 @@ start it again. `--store` writes what is done.
 
 Matrices are multiplied in bfloat16 (`half`), which halves the time of a cell where the processor can: 0.15 s of one core for a step of 16 texts and half a minute for the measures, so two minutes for a cell of 625 steps and seven for the paper's 2,500."""
 import argparse
-import json
 import os
 import sys
 import time

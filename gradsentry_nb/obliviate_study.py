@@ -12,21 +12,19 @@ __all__ = ['ARMS', 'LOOKS', 'SETTING', 'SHARES', 'Arm', 'arm_of', 'ObliviateGrid
 import copy, json, math, re, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 
 import altair as alt, numpy as np, pandas as pd, torch
 
 from .baselines.model import onion_clean, word_drops
 from .charts import GREY, _empty, _who, themed
-from .core import Sample, SettingError, choose, content_hash, seed_for, visible, _plain
+from .core import SettingError, choose, content_hash, seed_for, visible, _plain
 from .data import Samples
 from .threshold import wilson
-from .attacks.backbone import CONTROLS, TRIGGERS, load_backbone, with_triggers
+from .attacks.backbone import TRIGGERS, load_backbone, with_triggers
 from .attacks.ssti import inject, inject_all
 from .train import POOLS, class_names, load_classifier, lora_targets, seeded, _by_batch, _settings
-from .evaluate import accuracy_gap, backbone_asr, mcnemar, paired_difference, _square_and_add
+from .evaluate import accuracy_gap, backbone_asr, mcnemar, paired_difference
 from .obliviate import OBLIVIATE_PRESETS, PEFT_KINDS, ObliviateSettings, TunedAdapter, attention_mass, coefficient, cosine_to, load_peft, norm_matched, peft_norms, pick_weights, representations, save_peft, scores_left, tune_adapter
 from .experiment import DataSet, check_manifest, draw_rows, _cell_files, _run_cells, _unknown, _write
 from .ssti_study import Asked, labelled, _same_settings
@@ -419,8 +417,7 @@ def against_none(
         a = plain.iloc[0]
         for b in g[g['arm'] != 'none'].to_dict('records'):
             n = min(a['asr_rows'], b['asr_rows'])           # ONION has fewer, the first ones
-            bits = lambda r, what: unpack_bits(r[f'{what}_bits'], r['asr_rows'])[:n]
-            both = bits(a, 'right') & bits(b, 'right'); x, y = bits(a, words)[both], bits(b, words)[both]
+            (ra, rb), (x, y) = ([unpack_bits(r[f'{what}_bits'], n) for r in (a, b)] for what in ('right', words)); both = ra & rb; x, y = x[both], y[both]
             diff, low, high = paired_difference(x, y); only_a, only_b, p = mcnemar(x, y)
             out.append(dict(zip(SETTING, key)) | dict(arm=b['arm'], rows=int(both.sum()), cacc_change=100*(b['cacc']-a['cacc']), asr_change=100*diff, low=100*low, high=100*high, only_none=only_a, only_arm=only_b, p=p))
     return pd.DataFrame(out)

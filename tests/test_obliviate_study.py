@@ -15,7 +15,6 @@ from gradsentry_nb.attacks.backbone import CONTROLS, BackboneBackdoor, BackboneS
 from gradsentry_nb.core import ModelError, SettingError
 from gradsentry_nb.encoder import toy_encoder
 from gradsentry_nb.evaluate import compare_flips, trigger_flips
-from gradsentry_nb.obliviate import peft_norms
 from gradsentry_nb.obliviate_study import ARMS, ObliviateGrid, against_none, arm_of, arms_chart, chosen_weights, collect_obliviate, frontier_chart, length_chart, plan_obliviate, run_obliviate
 from gradsentry_nb.train import load_classifier
 
