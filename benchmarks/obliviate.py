@@ -14,8 +14,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
-
 from benchmarks.speed import MODEL, SHARED
 from benchmarks.steering import ENCODER, models, texts
 from gradsentry_nb.obliviate_study import ObliviateGrid, collect_obliviate, run_obliviate
@@ -44,7 +42,7 @@ def blocks():
         'frontier': (por, sst, grid(arms=PAIRS, **fast)),
         'paper, defended': (por, sst, grid(kinds=('houlsby',), arms=('none', 'both'), steps=(2500,))),
         'neighbours': (por, sst, grid(arms=('none', 'heads pruned', 'last layer anew', 'no dropout'), **fast)),
-        'onion': (por, sst, grid(arms=('onion',), **{**fast, 'asr_rows': 40})),
+        'onion': (por, sst, grid(arms=('onion',), **fast)),
         'UOR': (('UOR',), sst, grid(kinds=KINDS, arms=TERMS, **fast)),
         'kinds, fast': (('POR', 'clean'), sst, grid(kinds=KINDS, arms=TERMS, **fast)),
         'steps': (por, sst, grid(kinds=('houlsby', 'lora'), arms=('none', 'both'), steps=(125, 250, 625, 1250, 2500))),
@@ -93,15 +91,14 @@ def run(every, names, seeds, work, folders, minutes=None):
                     from transformers import AutoModelForCausalLM, AutoTokenizer
                     lm = AutoModelForCausalLM.from_pretrained(MODEL, dtype='float32').eval(), AutoTokenizer.from_pretrained(MODEL)
                 if missing := [b for b in backbones if not Path(folders[b]).exists()]: print(f'{name}: there is no backbone {missing[0]} in --keep; left out.', flush=True); continue
-                run_obliviate(replace(g, seeds=(seed,)), {b: folders[b] for b in backbones}, sets(data), work/str(g.asr_rows), lm, progress=tell)
+                run_obliviate(replace(g, seeds=(seed,)), {b: folders[b] for b in backbones}, sets(data), work, lm, progress=tell)
     except TimeUp: print('The minutes are over; the same command goes on from here.', flush=True)
 
 
 def store(work, path=STORED):
     "One table of what is done."
-    folders = sorted(p for p in work.glob('*') if (p/'cells').exists())
-    if not folders: sys.exit(f'{work}: nothing has been run here.')
-    table = pd.concat([collect_obliviate(p) for p in folders], ignore_index=True)
+    if not (work/'cells').exists(): sys.exit(f'{work}: nothing has been run here.')
+    table = collect_obliviate(work)
     done = table[table['status'] == 'done'].drop(columns=['reason', 'key'], errors='ignore').dropna(axis=1, how='all')
     done.round({c: 4 for c in done.select_dtypes('number') if c not in ('lr', 'lambda_amp', 'lambda_reg')}).to_csv(path, index=False)
     if path == STORED: PACKED.write_bytes(path.read_bytes())

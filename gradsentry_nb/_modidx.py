@@ -1669,6 +1669,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                                                                                 'gradsentry_nb/obliviate_study.py'),
                                                'gradsentry_nb.obliviate_study.spectral_share': ( 'obliviate_study.html#spectral_share',
                                                                                                  'gradsentry_nb/obliviate_study.py'),
+                                               'gradsentry_nb.obliviate_study.stored_obliviate': ( 'obliviate_study.html#stored_obliviate',
+                                                                                                   'gradsentry_nb/obliviate_study.py'),
                                                'gradsentry_nb.obliviate_study.unpack_bits': ( 'obliviate_study.html#unpack_bits',
                                                                                               'gradsentry_nb/obliviate_study.py')},
             'gradsentry_nb.qa': { 'gradsentry_nb.qa.QaSet': ('qa.html#qaset', 'gradsentry_nb/qa.py'),

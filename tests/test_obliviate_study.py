@@ -13,6 +13,7 @@ from conftest import ROOT
 from gradsentry_nb import obliviate_study as ob
 from gradsentry_nb.attacks.backbone import CONTROLS, BackboneBackdoor, BackboneSettings, sign_vectors
 from gradsentry_nb.core import ModelError, SettingError
+from gradsentry_nb.demo import demo_model
 from gradsentry_nb.encoder import toy_encoder
 from gradsentry_nb.evaluate import compare_flips, trigger_flips
 from gradsentry_nb.obliviate_study import ARMS, ObliviateGrid, against_none, arm_of, arms_chart, chosen_weights, collect_obliviate, frontier_chart, length_chart, plan_obliviate, run_obliviate
@@ -105,6 +106,17 @@ def test_validation_rows_are_in_no_training(folders):
         c = plan_obliviate(replace(GRID, seeds=(seed,)), ['POR'], ['made up'])[0]
         train, valid = r.train_rows(c)
         assert (len(train), len(valid)) == (40, 16) and not {s.id for s in train} & {s.id for s in valid} and not {s.prompt for s in r.test_rows(c)} & {s.prompt for s in (*train, *valid)}
+
+
+def test_onion_and_spurious_items(folders, monkeypatch):
+    monkeypatch.setattr(ob, 'SLOW', 2)
+    lm, small = demo_model(), replace(GRID, arms=('none', 'onion'), valid_rows=6, test_rows=6, asr_rows=4)
+    t = run(folders, small, lm=lm).set_index('arm')
+    assert (t['status'] == 'done').all(), t['reason'].tolist()
+    assert t['asr_rows'].to_dict() == t['test_rows'].sub([2, 0]).to_dict() == dict(none=4, onion=2) and np.isfinite(t['onion_bar']['onion'])
+    t = run(folders, replace(GRID, arms=('none',), pools=('cls', 'mean'), items=('dates',)))
+    assert (t['status'] == 'done').all(), t['reason'].tolist()
+    assert t['forced'].between(0, 1).all() and t['gap'].notna().all() and t['pool'].tolist() == ['cls', 'mean'] and t['loss'].nunique() == 2
 
 
 # ---- measures on predictions made by hand
