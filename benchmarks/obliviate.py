@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 STORED, PACKED = HERE/'results'/'obliviate.csv', HERE.parent/'gradsentry_nb/demo_data/obliviate.csv'   # the second comes with the package
 SEEDS = 201, 202, 203
 ROWS = dict(train_rows=2000, valid_rows=500, test_rows=500, asr_rows=250, half=True, tuning=dict(max_length=64, group=True))   # the rest is the paper's preset: batches of 16, 3e-4, warm-up 0.05, dropout 0.01
-TERMS = 'none', 'amp', 'reg', 'both'
+TERMS = 'none', 'both', 'reg', 'amp'
 KINDS = 'houlsby', 'lora', 'prefix'
 PAIRS = 'none', (0, .1), (0, 1e-2), (1e-2, 3e-2), (3e-3, .1), (3e-3, 1e-2), 'amp', 'reg', 'both'   # of which clean validation picks
 
@@ -39,12 +39,12 @@ def blocks():
         'rates': (por, sst, grid(kinds=('lora', 'houlsby'), arms=('none', 'both'), lrs=(1e-3, 3e-3, 3e-4), steps=(250,))),
         'terms': (por, sst, grid(arms=('none', 'reg', 'amp', 'both', 'norm-matched', 'rescaled'), **fast)),
         'clean': (('clean',), sst, grid(arms=('none', 'both'), **fast)),
+        'UOR': (('UOR',), sst, grid(arms=TERMS, **fast)),
         'frontier': (por, sst, grid(arms=PAIRS, **fast)),
         'paper, defended': (por, sst, grid(kinds=('houlsby',), arms=('none', 'both'), steps=(2500,))),
         'neighbours': (por, sst, grid(arms=('none', 'heads pruned', 'last layer anew', 'no dropout'), **fast)),
         'onion': (por, sst, grid(arms=('onion',), **fast)),
-        'UOR': (('UOR',), sst, grid(kinds=KINDS, arms=TERMS, **fast)),
-        'kinds, fast': (('POR', 'clean'), sst, grid(kinds=KINDS, arms=TERMS, **fast)),
+        'kinds, fast': (('POR', 'UOR', 'clean'), sst, grid(kinds=KINDS, arms=TERMS, **fast)),
         'steps': (por, sst, grid(kinds=('houlsby', 'lora'), arms=('none', 'both'), steps=(125, 250, 625, 1250, 2500))),
         'rotten tomatoes': (('POR', 'clean'), ('rotten tomatoes',), grid(arms=TERMS, **fast)),
         'crossed': (('clean',), sst, grid(arms=TERMS, pools=('cls', 'mean'), items=('dates',), **fast)),
