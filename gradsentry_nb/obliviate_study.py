@@ -472,19 +472,19 @@ def arms_chart(
     return themed(panels, 'What triggers do to an adapter, by what was done about them', _lines(f), width=None, height=None)
 
 def length_chart(
-    table:pd.DataFrame,   # of `run_obliviate`, of one data set and arm
+    table:pd.DataFrame,   # of `run_obliviate`, of one data set and backbone
     x:str='steps',        # 'steps' of training, or 'lr'
 ):                        # an `alt.FacetChart`
-    "ASR, the same with control words, and clean accuracy over the length of the training or over learning rates; a panel per kind."
+    "ASR, the same with control words, and clean accuracy over the length of the training or over learning rates; a panel per kind and arm."
     title = {'steps': 'steps of training, each length with its own schedule', 'lr': 'learning rate'}[choose('axis', x, {'steps': 1, 'lr': 1})]
     done = _one_kind(table, ('kind', x))
     if not len(done): return _empty('the table has no finished cells')
-    f = _shares(done, ('kind', x)); at = sorted(set(f[x])); color, shape, dash = _who(f['measure'], 'measure')
+    f = _shares(done, ('kind', 'arm', x)).assign(panel=lambda d: d['kind']+', '+d['arm']); at = sorted(set(f[x])); color, shape, dash = _who(f['measure'], 'measure')
     base = alt.Chart(f).encode(alt.X(f'{x}:Q', title=title, scale=alt.Scale(type='log', domain=[at[0]*.8, at[-1]*1.25], nice=False), axis=alt.Axis(values=at, format='~g', grid=False)), color=color)
     Y = lambda c: alt.Y(f'{c}:Q', title='share of texts (%)', scale=alt.Scale(domain=[0, 100], clamp=True))
     layers = [base.mark_line(strokeWidth=2).encode(Y('value'), strokeDash=dash), base.mark_rule(opacity=.5).encode(Y('low'), alt.Y2('high:Q')), base.mark_point(size=45, filled=True, opacity=1).encode(Y('value'), shape=shape, tooltip=list(f))]
-    panels = alt.layer(*layers).properties(width=260, height=200).facet(alt.Facet('kind:N', title=None, header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=3)
-    return themed(panels, 'What is left of the backdoor'+(' after training on clean data' if x == 'steps' else ' at different learning rates'), _lines(f), width=None, height=None)
+    panels = alt.layer(*layers).properties(width=230, height=190).facet(alt.Facet('panel:N', title=None, sort=list(dict.fromkeys(f['panel'])), header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=3)
+    return themed(panels, 'What is left of the backdoor'+(' after training on clean data' if x == 'steps' else ' after training on clean data, by learning rate'), _lines(f), width=None, height=None)
 
 def frontier_chart(
     table:pd.DataFrame,   # of `run_obliviate`: several arms of one setting
