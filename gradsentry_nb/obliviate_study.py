@@ -446,7 +446,7 @@ def _shares(table, by):
                 from scipy.stats import t
                 v, half = x.mean(), t.ppf(.975, len(x)-1)*x.std()/math.sqrt(len(x)); low, high = max(0, v-half), min(1, v+half)
             out.append(dict(zip(by, key)) | dict(measure=said, value=100*v, low=100*low, high=100*high, seeds=len(g)))
-    return pd.DataFrame(out).round(2)
+    return pd.DataFrame(out).round(dict.fromkeys(('value', 'low', 'high'), 2))
 
 def _one_kind(table, by):
     "Refuse cells that differ in what a chart does not show."
@@ -468,7 +468,7 @@ def arms_chart(
     base = alt.Chart(f).encode(alt.Y('arm:N', sort=list(dict.fromkeys(f['arm'])), title=None, axis=alt.Axis(grid=True)), alt.YOffset('measure:N', sort=[*SHARES.values()]), color=color)
     X = lambda c: alt.X(f'{c}:Q', title='share of texts (%)', scale=alt.Scale(domain=[0, 100], clamp=True))
     layers = [base.mark_rule(opacity=.6).encode(X('low'), alt.X2('high:Q')), base.mark_point(size=50, filled=True, opacity=1).encode(X('value'), shape=shape, tooltip=list(f))]
-    panels = alt.layer(*layers).properties(width=230, height=alt.Step(30)).facet(alt.Facet('panel:N', title=None, sort=list(dict.fromkeys(f['panel'])), header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=3)
+    panels = alt.layer(*layers).properties(width=230, height=alt.Step(34, **{'for': 'position'})).facet(alt.Facet('panel:N', title=None, sort=list(dict.fromkeys(f['panel'])), header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=3)
     return themed(panels, 'What triggers do to an adapter, by what was done about them', _lines(f), width=None, height=None)
 
 def length_chart(
@@ -484,7 +484,7 @@ def length_chart(
     Y = lambda c: alt.Y(f'{c}:Q', title='share of texts (%)', scale=alt.Scale(domain=[0, 100], clamp=True))
     layers = [base.mark_line(strokeWidth=2).encode(Y('value'), strokeDash=dash), base.mark_rule(opacity=.5).encode(Y('low'), alt.Y2('high:Q')), base.mark_point(size=45, filled=True, opacity=1).encode(Y('value'), shape=shape, tooltip=list(f))]
     panels = alt.layer(*layers).properties(width=230, height=190).facet(alt.Facet('panel:N', title=None, sort=list(dict.fromkeys(f['panel'])), header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=3)
-    return themed(panels, 'What is left of the backdoor'+(' after training on clean data' if x == 'steps' else ' after training on clean data, by learning rate'), _lines(f), width=None, height=None)
+    return themed(panels, 'What is left of the backdoor after clean training', _lines(f), width=None, height=None)
 
 def frontier_chart(
     table:pd.DataFrame,   # of `run_obliviate`: several arms of one setting
@@ -494,8 +494,8 @@ def frontier_chart(
     if not len(done): return _empty('the table has no finished cells')
     by, words = ['arm', 'lambda_amp', 'lambda_reg'], [c for c in done if re.fullmatch(r'flips_\w+', c) and not c.endswith(('_low', '_high'))]
     f = 100*done.groupby(by, sort=False)[['cacc', 'asr', 'control_asr', 'valid', *words]].mean()
-    bars = f.reset_index().melt(by, words, 'word', 'share').assign(word=lambda d: d['word'].str.removeprefix('flips_')).round(2)
-    points = f.drop(columns=words).reset_index().round(2)
+    bars = f.reset_index().melt(by, words, 'word', 'share').assign(word=lambda d: d['word'].str.removeprefix('flips_')).round(dict(share=2))
+    points = f.drop(columns=words).reset_index().round(dict.fromkeys(('cacc', 'asr', 'control_asr', 'valid'), 2))
     pick = alt.selection_point(name='arm', fields=['arm'], value=[{'arm': points['arm'].iloc[0]}], toggle=False)
     color, shape, _ = _who([f'{x:g}' for x in sorted(set(points['lambda_amp']))], 'amp')
     size = alt.Size('lambda_reg:Q', scale=alt.Scale(domain=[0, max(points['lambda_reg'].max(), 1e-9)], range=[60, 340]), legend=alt.Legend(title='weight of the regularisation', values=sorted(set(points['lambda_reg'])), format='~g'))

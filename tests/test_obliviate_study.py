@@ -175,6 +175,8 @@ def test_charts_hold_the_numbers():
     assert bars['none', 'cf'] == 50 and bars['none', 'mn'] == 0 and len(bars) == 6 and 'arm' in json.dumps(frontier_chart(rows()).to_dict()['params'])
     line = values(length_chart(pd.concat([rows(), rows(steps=20)]).query("arm == 'none'")))
     assert sorted(set(line['steps'])) == [9, 20] and len(line) == 6
+    rates = values(length_chart(pd.concat([rows(), rows(lr=3e-3)]), 'lr'))
+    assert sorted(set(rates['lr'])) == [1e-3, 3e-3] and set(rates['panel']) == {'lora, none', 'lora, amp', 'lora, norm-matched'} and set(f['lambda_amp'].dropna()) == {0, 3e-3}, 'what is varied is not rounded'
     with pytest.raises(SettingError, match='2 kinds of lr'): arms_chart(pd.concat([rows(), rows(lr=1.)]))
     for draw in (arms_chart, length_chart, frontier_chart): assert 'no finished cells' in json.dumps(draw(rows(status='failed')).to_dict())
 
