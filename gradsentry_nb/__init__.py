@@ -19,13 +19,13 @@ __all__ = ['load_ipython_extension', 'unload_ipython_extension', 'Sample', 'Scor
            'score_on', 'ScoreRows', 'ITEMS', 'SpanTruth', 'inject', 'inject_all', 'show_spans', 'load_classifier',
            'tune_classifier', 'TunedClassifier', 'CLASSIFY_PRESETS', 'attention_entropy', 'Steering', 'steering',
            'entropy_rule', 'with_peft', 'PEFT_KINDS', 'tune_adapter', 'TunedAdapter', 'ObliviateTrainer',
-           'obliviate_loss', 'frontier', 'attention_mass', 'scan_tokens', 'TokenScan', 'occlude', 'word_encoder',
-           'rewrite_rows', 'rule_rewriter', 'paraphraser', 'instructed', 'spelling', 'grammar', 'retention',
-           'changed_words', 'SteeringGrid', 'run_steering', 'collect_steering', 'share_lines', 'forced_table',
-           'forced_chart', 'rank_maps', 'ObliviateGrid', 'run_obliviate', 'collect_obliviate', 'against_none',
-           'chosen_weights', 'encode', 'plant_backbone', 'load_backbone', 'BackboneBackdoor', 'with_triggers',
-           'BACKBONE_ATTACKS', 'probe_backbone', 'BackboneScan', 'TriggerFlips', 'backbone_asr', 'trigger_flips',
-           'compare_flips', 'mcnemar']
+           'obliviate_loss', 'frontier', 'attention_mass', 'attention_over', 'defend', 'Defence', 'load_peft',
+           'attention_maps', 'scan_tokens', 'TokenScan', 'occlude', 'word_encoder', 'rewrite_rows', 'rule_rewriter',
+           'paraphraser', 'instructed', 'spelling', 'grammar', 'retention', 'changed_words', 'SteeringGrid',
+           'run_steering', 'collect_steering', 'share_lines', 'forced_table', 'forced_chart', 'rank_maps',
+           'ObliviateGrid', 'run_obliviate', 'collect_obliviate', 'against_none', 'chosen_weights', 'encode',
+           'plant_backbone', 'load_backbone', 'BackboneBackdoor', 'with_triggers', 'BACKBONE_ATTACKS', 'probe_backbone',
+           'BackboneScan', 'TriggerFlips', 'backbone_asr', 'trigger_flips', 'compare_flips', 'mcnemar']
 
 # %% ../nbs/90_extension.ipynb #79f4fbe7
 from importlib import import_module
@@ -64,7 +64,7 @@ _home = {
     "finetune": "train", "FineTuned": "train", "TRAIN_PRESETS": "train",
     "load_classifier": "train", "tune_classifier": "train", "TunedClassifier": "train", "CLASSIFY_PRESETS": "train", "attention_entropy": "train",
     "with_peft": "obliviate", "PEFT_KINDS": "obliviate", "tune_adapter": "obliviate", "TunedAdapter": "obliviate", "ObliviateTrainer": "obliviate", "obliviate_loss": "obliviate", "frontier": "obliviate",
-    "attention_mass": "obliviate",
+    "attention_mass": "obliviate", "attention_over": "obliviate", "defend": "obliviate", "Defence": "obliviate", "load_peft": "obliviate", "attention_maps": "charts",
     "Evaluation": "evaluate", "Behaviour": "evaluate", "behaviour": "evaluate", "Steering": "evaluate", "steering": "evaluate", "entropy_rule": "evaluate",
     "Grid": "experiment", "DataSet": "experiment", "run_grid": "experiment", "collect": "experiment", "over_seeds": "experiment",
     "experiment_grid": "experiment", "EXPERIMENTS": "experiment",
@@ -85,6 +85,7 @@ _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "D
          "scan_to", "StoredScan", "estimate", "Estimate", "score_on", "ScoreRows", "ITEMS", "SpanTruth", "inject", "inject_all", "show_spans",
          "load_classifier", "tune_classifier", "TunedClassifier", "CLASSIFY_PRESETS", "attention_entropy", "Steering", "steering", "entropy_rule",
          "with_peft", "PEFT_KINDS", "tune_adapter", "TunedAdapter", "ObliviateTrainer", "obliviate_loss", "frontier", "attention_mass",
+         "attention_over", "defend", "Defence", "load_peft", "attention_maps",
          "scan_tokens", "TokenScan", "occlude", "word_encoder", "rewrite_rows", "rule_rewriter", "paraphraser", "instructed", "spelling", "grammar", "retention", "changed_words",
          "SteeringGrid", "run_steering", "collect_steering", "share_lines", "forced_table", "forced_chart", "rank_maps",
          "ObliviateGrid", "run_obliviate", "collect_obliviate", "against_none", "chosen_weights",

@@ -6,9 +6,9 @@
 __all__ = ['KEPT', 'DROPPED', 'NOTE', 'CURVE', 'WORDS', 'GREY', 'LINE', 'TITLES', 'OTHERS', 'LENGTHS', 'NAMES', 'HUES', 'DASHES',
            'SHAPES', 'FAR', 'MEASURES', 'themed', 'cut_sentence', 'histogram_bins', 'score_histogram', 'thin_out',
            'score_by_length', 'strip_rows', 'score_strip', 'score_against', 'spectra', 'sample_map', 'precision_recall',
-           'roc', 'layer_bins', 'layer_map', 'as_values', 'data_update', 'live_histogram', 'live_strip', 'scatter_rows',
-           'live_against', 'live_map', 'grid_map', 'rate_lines', 'side_by_side', 'attack_and_cost', 'chart_svg',
-           'chart_png', 'Still', 'still']
+           'roc', 'layer_bins', 'layer_map', 'attention_maps', 'as_values', 'data_update', 'live_histogram',
+           'live_strip', 'scatter_rows', 'live_against', 'live_map', 'grid_map', 'rate_lines', 'side_by_side',
+           'attack_and_cost', 'chart_svg', 'chart_png', 'Still', 'still']
 
 # %% ../nbs/14_charts.ipynb #6476aade
 import io, os, textwrap
@@ -583,6 +583,27 @@ def layer_map(
     said = f'{n:,} samples in {d["start"].nunique()} columns, each the mean of up to {per:,}' if per > 1 else ''
     begin = f'The names of the layers begin with {prefix}' if prefix else ''
     return themed(fields.properties(height=alt.Step(step)), 'Layer by layer', said, begin, width=width, height=None)
+
+# %% ../nbs/14_charts.ipynb #558bc9a5
+def attention_maps(
+    frame:pd.DataFrame,     # of `obliviate.attention_over`: `model`, `layer`, `at`, `token`, `attention`, `word`
+    most:int=40,            # most tokens that are drawn; words that were asked about always are
+):                          # an `alt.FacetChart`
+    "What a token looks at in one text, a map for each model."
+    if not len(frame): return _empty('there is no text')
+    n, models, words = frame['at'].nunique(), list(dict.fromkeys(frame['model'])), frame[frame['word']]
+    d = frame[frame['word'] | frame['at'].rank(method='dense').le(most)]
+    shown, names = d['at'].nunique(), dict(zip(models, _labels(models, 40)))
+    token = [f'{at+1:03d}{"!" if w else " "}{visible(str(t)[:80], 16)}' for at, t, w in zip(d['at'], d['token'], d['word'])]
+    d = pd.DataFrame(dict(model=d['model'].map(names), layer=d['layer'], token=token, attention=_short(d['attention'])))
+    asked, rest = "slice(datum.value, 3, 4) == '!'", dict(grid=False, labelAngle=-60, labelLimit=140, labelOverlap=False)
+    X = alt.X('token:N', title='token of the text', axis=alt.Axis(labelExpr='slice(datum.value, 4)', labelColor=alt.condition(asked, alt.value(DROPPED), alt.value(GREY)), labelFontWeight=alt.condition(asked, alt.value('bold'), alt.value('normal')), **rest))
+    C = alt.Color('attention:Q', scale=alt.Scale(scheme='viridis', domainMin=0), legend=alt.Legend(title='share of the attention', gradientLength=180, format='.0%', tickCount=4))
+    fields = alt.Chart(d).mark_rect().encode(X, alt.Y('layer:O', title='layer', sort='descending'), C, tooltip=['model:N', 'layer:O', alt.Tooltip('token:N', title='token (number, text)'), alt.Tooltip('attention:Q', format='.1%')])
+    maps = fields.properties(width=alt.Step(18), height=alt.Step(18)).facet(alt.Facet('model:N', title=None, sort=list(names.values()), header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=2 if shown <= 18 else 1)
+    per = words.groupby(['model', 'layer'], sort=False)['attention'].sum()
+    said = [f'{names[m]} {per[m].max():.0%} in layer {per[m].idxmax()}' for m in models] if len(words) else []
+    return themed(maps, 'Where the token that the head reads looks', f'On the marked words at most: {"; ".join(said)}'*bool(said), f'{_plural(n-shown, "token")} after the first {most} not drawn'*(n > shown), width=None, height=None)
 
 # %% ../nbs/14_charts.ipynb #87cf724b
 FAR = 1e300  # what `cut` is when there is none: a parameter that began as a number takes no None

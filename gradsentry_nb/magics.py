@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'MAGICS', 'VALUES', 'whole', 'source_arguments', 'score_arguments', 'cut_arguments', 'room_arguments',
-           'model_arguments', 'attack_arguments', 'ssti_arguments', 'ssti_settings', 'changes_of', 'checked_settings',
-           'read_rows', 'poison_rows', 'write_attack', 'ssti_scan', 'ssti_inject', 'GradSentry', 'variable',
-           'holds_rows', 'rows_of', 'labelled_rows_of', 'keep_model', 'sentry_for', 'Magic', 'magic', 'split_line',
-           'parse_line', 'judged', 'cell', 'cell_samples', 'ReportPage', 'line_function', 'values', 'files_like',
-           'unfinished', 'completions', 'attached', 'attach', 'detach']
+           'model_arguments', 'attack_arguments', 'ssti_arguments', 'ssti_settings', 'obliviate_arguments',
+           'obliviate_settings', 'changes_of', 'checked_settings', 'read_rows', 'poison_rows', 'write_attack',
+           'ssti_scan', 'ssti_inject', 'obliviate_scan', 'obliviate_tune', 'GradSentry', 'variable', 'holds_rows',
+           'rows_of', 'labelled_rows_of', 'keep_model', 'sentry_for', 'Magic', 'magic', 'split_line', 'parse_line',
+           'judged', 'cell', 'cell_samples', 'ReportPage', 'line_function', 'values', 'files_like', 'unfinished',
+           'completions', 'attached', 'attach', 'detach']
 
 # %% ../nbs/51_magics.ipynb #d9bdcada
 import argparse, keyword, os, re, shlex, warnings
@@ -137,6 +138,49 @@ def ssti_settings(
     if wrong := list(given(other)): raise SettingError(f'--{dict(label="class", spot="place").get(wrong[0], wrong[0])} {said}.')
     return given(mine)
 
+# %% ../nbs/51_magics.ipynb #e8e65493
+_TUNE, _LOOK = ('kind', 'amp', 'reg', 'pick', 'alone', 'test', 'pool', 'lr', 'epochs', 'batch', 'steps', 'out'), ('sample',)   # options that only one of the two has
+
+def obliviate_arguments(
+    p,                              # an `argparse` parser
+):
+    "How to train an adapter on an encoder that is not trusted, or to look at the encoder itself."
+    p.add_argument('--encoder', dest='backbone', metavar='PATH_OR_NAME', help='the encoder that is not trusted: a folder or a hub name')
+    p.add_argument('--triggers', metavar='WORDS', help='words to ask about, such as cf,mn: how many texts flip with each, beside control words; with --scan, try only these')
+    p.add_argument('--scan', action='store_true', default=None, help='train nothing: which words take any text to the same place?')
+    p.add_argument('--sample', type=whole, metavar='N', help='with --scan, try only N words of the vocabulary, drawn at random (default: all)')
+    p.add_argument('--kind', help='lora, houlsby or prefix (default: lora)')
+    p.add_argument('--amp', type=float, metavar='WEIGHT', help='of the amplification of the adapter; 0: off (default: 0.003)')
+    p.add_argument('--reg', type=float, metavar='WEIGHT', help='of the regularisation of attention; 0: off (default: 0.03)')
+    p.add_argument('--pick', action='store_true', default=None, help='choose both weights by the accuracy on clean texts alone: 16 trainings')
+    p.add_argument('--alone', action='store_true', default=None, help='leave out the training without the defence: half the time, and nothing to compare with')
+    p.add_argument('--test', metavar='SOURCE', help='texts with labels to measure on (default: a fifth of the texts is held out)')
+    p.add_argument('--pool', help='what the head reads: cls or mean (default: what the model says, else cls)')
+    for name, kind, what in (('lr', float, 'learning rate (default: 0.0003)'), ('epochs', whole, 'passes over the texts (default: 20)'), ('batch', whole, 'texts in a step (default: 16)'), ('steps', whole, 'steps at most, instead of epochs'),
+                             ('seed', whole, 'of the held-out texts and the training (default: 0)')): p.add_argument(f'--{name}', type=kind, metavar='N' if kind is whole else 'RATE', help=what)
+    p.add_argument('--out', type=os.path.expanduser, metavar='FOLDER', help='keep the adapter and the head there')
+    p.add_argument('--split', help='split of a data set that has several')
+    p.add_argument('--text-field', default='text', metavar='COLUMN', help='column of the text (default: %(default)s)')
+    p.add_argument('--label-field', default='label', metavar='COLUMN', help='column of the class (default: %(default)s)')
+    p.add_argument('--quiet', action='store_true', help='no progress bar')
+
+def obliviate_settings(
+    a,              # parsed arguments
+)->dict:            # arguments of `defend`
+    "What the arguments name for the training, after refusing what makes no sense together."
+    from gradsentry_nb.core import SettingError
+    from gradsentry_nb.obliviate import ObliviateSettings
+    given = {n: v for n in (*_TUNE, *_LOOK, 'seed') if (v := getattr(a, n)) is not None}
+    if not a.backbone: raise SettingError('Which encoder is it about? --encoder PATH_OR_NAME.')
+    for n in given:
+        if a.scan and n in _TUNE: raise SettingError(f'--{n} is for training an adapter; leave out --scan.')
+        if not a.scan and n in _LOOK: raise SettingError(f'--{n} is for looking at the encoder: add --scan.')
+        if a.pick and n in ('amp', 'reg', 'alone'): raise SettingError(f'--pick chooses the weights, beside a training without them: leave out --{n}.')
+    if a.sample and a.triggers: raise SettingError('--triggers names the words to try; leave out --sample.')
+    more = {dict(amp='lambda_amp', reg='lambda_reg').get(n, n): v for n, v in given.items() if n not in ('test', 'pool', 'out', 'sample')}
+    ObliviateSettings(**{n: v for n, v in more.items() if n not in ('pick', 'alone', 'seed')})
+    return more
+
 # %% ../nbs/51_magics.ipynb #835b2b64
 def changes_of(
     a,              # parsed arguments
@@ -239,6 +283,47 @@ def ssti_inject(
 def _number(text):
     try: return float(text)
     except ValueError: return text
+
+# %% ../nbs/51_magics.ipynb #05c8b687
+def _words(text):
+    from gradsentry_nb.core import SettingError
+    words = [w for x in (text or '').split(',') if (w := x.strip())]
+    if text is not None and not words: raise SettingError('--triggers names words, with commas between them: --triggers cf,mn.')
+    return words
+
+def _fresh(encoder, classes, a):
+    "(classifier, tokenizer) of a folder, a hub name, or a pair in memory."
+    from gradsentry_nb.obliviate import fresh_classifier
+    from gradsentry_nb.train import load_classifier
+    return (load_classifier if isinstance(encoder[0], str) else fresh_classifier)(*encoder, classes, a.seed or 0, a.pool)
+
+def obliviate_scan(
+    rows,           # with texts
+    encoder,        # (name,) or (model, tokenizer)
+    a,              # parsed arguments
+    progress=True,  # a bar?
+):                  # `BackboneScan`
+    "`probe_backbone` as the arguments want it; the texts need no labels."
+    from gradsentry_nb.backbone_scan import probe_backbone, whole_words
+    from gradsentry_nb.data import _taken
+    from gradsentry_nb.obliviate import query_of
+    texts, (model, tokenizer) = _taken(rows, a.text_field, a.text_field).texts, _fresh(encoder, (0, 1), a)
+    return probe_backbone(model, tokenizer, texts, _words(a.triggers) or None, ('last' if query_of(model) == 'last' else 'cls', 'mean'), a.sample, top=max(1, min(128, len(whole_words(tokenizer))//4)), seed=a.seed or 0, progress=progress)
+
+def obliviate_tune(
+    rows,           # texts with labels
+    encoder,        # (name,) or (model, tokenizer)
+    a,              # parsed arguments
+    test=None,      # texts with labels to measure on; None: some are held out
+    progress=True,  # a bar?
+):                  # `Defence`
+    "`defend` as the arguments want it."
+    from gradsentry_nb.data import _taken
+    from gradsentry_nb.obliviate import defend
+    from gradsentry_nb.train import class_names
+    more, words, found = obliviate_settings(a), _words(a.triggers), _taken(rows, a.text_field, a.label_field)
+    if test is not None: test = (t := _taken(test, a.text_field, a.label_field)).texts, t.labels
+    return defend(*_fresh(encoder, class_names(found.labels), a), found.texts, found.labels, test=test, triggers=words, progress=progress, **more)
 
 # %% ../nbs/51_magics.ipynb #dae0c408
 _SET = 'preset', 'statistic', 'layer', 'threshold', 'k', 'crop', 'max_length', 'budget', 'seed'
@@ -780,6 +865,33 @@ def _variable_name(to):
     from gradsentry_nb.core import SettingError
     if to and (not to.isidentifier() or keyword.iskeyword(to)): raise SettingError(f'{to!r} cannot be the name of a variable (--to).')
 
+# %% ../nbs/51_magics.ipynb #b709d30d
+def _obliviate_line(p):
+    p.add_argument('texts', metavar='SOURCE', help='a variable that holds texts with labels, a file, or a hub name')
+    obliviate_arguments(p)
+
+@magic(_obliviate_line, {'%gs_obliviate reviews --encoder ./my-encoder --triggers cf,mn --epochs 5': "defend(*load_classifier('./my-encoder', [0, 1]), texts, labels, triggers=['cf', 'mn'], epochs=5)",
+                         '%gs_obliviate reviews --encoder ./my-encoder --scan --sample 2000': "probe_backbone(*load_classifier('./my-encoder', [0, 1]), texts, sample=2000)"})
+def _gs_obliviate(g, a):
+    """Train an adapter for the labelled texts of SOURCE on an encoder that is not trusted, with the defence and without, and return the Defence: `d = %gs_obliviate SOURCE --encoder NAME`;
+    `d.maps()` draws what it looks at, `d.run` is the adapter. With --scan look for words that take any text to the same place, and return the BackboneScan."""
+    from gradsentry_nb.report import check_out
+    obliviate_settings(a)
+    if a.out: check_out(a.out)
+    rows, encoder, loud = labelled_rows_of(g, a.texts, a.split), _backbone(g, a.backbone), g.progress and not a.quiet
+    if a.scan: return obliviate_scan(rows, encoder, a, loud)
+    d = obliviate_tune(rows, encoder, a, labelled_rows_of(g, a.test) if a.test else None, loud)
+    if a.out: d.save(a.out); _say(f'Written to {a.out}: the adapter and the head.')
+    return d
+
+def _backbone(g, name):
+    "(name,) of a folder or hub name, (model, tokenizer) of a variable."
+    from gradsentry_nb.core import SettingError
+    name, value = _path_in(g, name)
+    if found := _model_in(value): return found[0]
+    if value is not None and not os.path.isdir(os.path.expanduser(name)): raise SettingError(f'The variable {name} holds {_a(value)} and no encoder; give a pair (model, tokenizer), a backdoor of plant_backbone, a folder or a hub name.')
+    return (os.path.expanduser(name),)
+
 # %% ../nbs/51_magics.ipynb #c479c71a
 @dataclass(frozen=True)
 class ReportPage:
@@ -857,7 +969,7 @@ def _registry(module, name): return lambda g, words, typed: getattr(import_modul
 VALUES.update(preset=_registry('sentry', 'PRESETS'), statistic=_registry('spectrum', 'STATISTICS'), threshold=_registry('threshold', 'THRESHOLDS'),
               dtype=_registry('sentry', '_DTYPES'), quantize=_registry('sentry', 'QUANTIZED'), attack=_registry('attacks.triggers', 'ATTACKS'), payload=_registry('attacks.triggers', 'PAYLOADS'),
               place=_registry('attacks.triggers', 'PLACES'), clean=_registry('spurious', 'CLEANING'), amount=_registry('attacks.ssti', 'AMOUNTS'), spot=_registry('attacks.ssti', 'PLACES'),
-              case=_registry('attacks.ssti', 'CASES'), device=lambda g, words, typed: ('auto', 'cpu', 'cuda', 'mps'))
+              case=_registry('attacks.ssti', 'CASES'), kind=_registry('obliviate', 'PEFT_KINDS'), pool=_registry('train', 'POOLS'), device=lambda g, words, typed: ('auto', 'cpu', 'cuda', 'mps'))
 
 def _named(g, test): return sorted(n for n, v in g.names.items() if n[0] != '_' and n not in g.shell.user_ns_hidden and test(v))
 
@@ -881,7 +993,10 @@ def _sources(g, words, typed):
 def _models(g, words, typed):
     return [*_named(g, _model_in), 'demo', *files_like(typed, lambda e: False)]
 
-@values('texts')
+@values('backbone')
+def _backbones(g, words, typed): return [x for x in _models(g, words, typed) if x != 'demo']
+
+@values('texts', 'test')
 def _labelled(g, words, typed): return [x for x in _sources(g, words, typed) if x != 'demo']
 
 @values('inject')

@@ -327,8 +327,8 @@ class Scan:
         return sorted(self.samples[todo[j]].row for j in self.capture.at)
     def __iter__(self):
         "Yield the index of each row as it is done, in the order of the batches."
-        for i, f in self.capture(self.encoded):
-            self.pending[i] = self.reduced(f)
+        for i, r in self.capture(self.encoded, self.reduced):
+            self.pending[i] = r
             if len(self.pending) >= CHUNK: self.flush()
             yield i
         self.flush()

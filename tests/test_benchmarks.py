@@ -23,20 +23,21 @@ def beside():
 def test_speed_table_is_measured_side_by_side(beside, monkeypatch):
     some = ['64 tokens, 50% shared', 'the mix under three instructions']
     monkeypatch.setattr(speed, 'sets', lambda *a, every=speed.sets: {k: v for k, v in every(*a).items() if k in some})
-    table = speed.speed(48, 2, 512)
+    table = speed.speed(48, 1, 512)
     assert list(dict.fromkeys(table['set'])) == ['published WebQA mix', *some] and (table['rows_per_second'] > 0).all()
     for name, t in table.groupby('set', sort=False):
-        assert list(t['method']) == [*(speed.METHODS if name not in some else (speed.PUBLISHED, speed.PLAIN, speed.OURS)), speed.FLOOR]
+        assert list(t['method']) == [*(speed.METHODS if name not in some else (speed.PUBLISHED, speed.PLAIN, speed.OURS)), speed.FLOOR, speed.OWN]
         rate = t['rows_per_second'].to_numpy()
         np.testing.assert_allclose(t['times_faster_than_published'], rate/rate[0], rtol=.02, atol=.01)
         np.testing.assert_allclose(t['time_over_plain_forward'], rate[1]/rate, rtol=.02, atol=.01)
     mix = table[table['set'] == 'published WebQA mix']
-    assert (mix['rows'] == 48).all() and (table['peak_mb'].dropna() > 100).all()
+    assert (mix['rows'] == 96).all() and (table['peak_mb'].dropna() > 100).all()
     parts = table[['transformer', 'head', 'spectrum', 'rest']].dropna()
     assert (table.loc[parts.index, 'method'] == speed.OURS).all() and len(parts) == 1+len(some) and (abs(parts.sum(axis=1)-1) < .01).all() and (parts > 0).all(axis=None)
     floor = table[table['method'] == speed.FLOOR].set_index('set')['rows_per_second']
     ours = table[table['method'] == speed.OURS].set_index('set')
     np.testing.assert_allclose(ours['time_over_floor'], floor/ours['rows_per_second'], rtol=.02, atol=.02)
+    assert (ours['time_over_own_floor'] > 0).all()
 
 
 def test_sets_of_the_speed_table():

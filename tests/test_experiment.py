@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 from gradsentry_nb import experiment as ex
+from gradsentry_nb.cli import main
 from gradsentry_nb.core import DataError, SettingError
 from gradsentry_nb.data import Samples
 from gradsentry_nb.demo import demo_model, demo_samples
@@ -291,39 +292,43 @@ def test_missing_config(tmp_path):
 
 # ---- the commands
 
-def command(*args, cwd): return subprocess.run([sys.executable, '-m', 'gradsentry_nb.cli', *map(str, args)], cwd=cwd, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    "Run the command in `tmp_path`: (status, stdout, stderr)."
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: (main([*map(str, args)]), *capsys.readouterr())
 
 
-def test_attack_then_experiment(tmp_path, clean):
+def test_attack_then_experiment(tmp_path, clean, command):
     rows = tmp_path/'rows.jsonl'
     rows.write_text(''.join(json.dumps(dict(prompt=s.prompt, response=s.response))+'\n' for s in clean))
-    p = command('attack', 'rows.jsonl', '--rate', .1, '--out', 'bad', cwd=tmp_path)
-    assert p.returncode == 0, p.stderr
+    status, said, err = command('attack', 'rows.jsonl', '--rate', .1, '--out', 'bad')
+    assert status == 0, err
     from gradsentry_nb.data import load_samples
     back, truth = load_samples(tmp_path/'bad'/'attacked.jsonl'), json.loads((tmp_path/'bad'/'truth.json').read_text())
-    assert '12 of 120 rows planted' in p.stdout and 'poison' not in (tmp_path/'bad'/'attacked.jsonl').read_text()
+    assert '12 of 120 rows planted' in said and 'poison' not in (tmp_path/'bad'/'attacked.jsonl').read_text()
     from gradsentry_nb.attacks.triggers import Truth
     planted = Truth.from_json(json.dumps(truth))
     assert sum(planted[s.id] for s in back) == 12 and all('malicious_url' in s.response for s in back if planted[s.id])
 
     from gradsentry_nb.demo import demo_model_path
     (tmp_path/'grid.toml').write_text(f'[experiment]\nseeds = [1]\ndefences = ["gradsentry", "answer_length"]\n[models.demo]\npath = {str(demo_model_path())!r}\n[datasets.mine]\nsource = "rows.jsonl"\n')
-    dry = command('experiment', 'grid.toml', '--dry-run', cwd=tmp_path)
-    assert dry.returncode == 0 and '2 cells, 0 of them done' in dry.stdout and not (tmp_path/'gradsentry-runs').exists()
-    full = command('experiment', 'grid.toml', '--quiet', cwd=tmp_path)
-    assert full.returncode == 0, full.stderr
+    status, said, _ = command('experiment', 'grid.toml', '--dry-run')
+    assert status == 0 and '2 cells, 0 of them done' in said and not (tmp_path/'gradsentry-runs').exists()
+    status, _, err = command('experiment', 'grid.toml', '--quiet')
+    assert status == 0, err
     page = (tmp_path/'gradsentry-runs'/'grid'/'charts.html').read_text()
     assert '<svg' in page and '<script' not in page and len(pd.read_parquet(tmp_path/'gradsentry-runs'/'grid'/'table.parquet')) == 2
-    assert '2 of them done' in command('experiment', 'grid.toml', '--dry-run', cwd=tmp_path).stdout
+    assert '2 of them done' in command('experiment', 'grid.toml', '--dry-run')[1]
 
 
 @pytest.mark.parametrize('args,says', [
     (('--attack', 'badnet'), "Did you mean 'badnets'"), (('--payload', 'apend'), "Did you mean 'append'"), (('--rate', .1, '--count', 3), 'not both'), (('--rate', .001), 'row'),
     (('--place', 'context'), 'context'), (('--rate', 2), 'rate')])
-def test_attack_refuses(tmp_path, clean, args, says):
+def test_attack_refuses(tmp_path, clean, command, args, says):
     (tmp_path/'rows.jsonl').write_text(''.join(json.dumps(dict(prompt=s.prompt, response=s.response))+'\n' for s in clean))
-    p = command('attack', 'rows.jsonl', *args, cwd=tmp_path)
-    assert p.returncode == 2 and says in p.stderr and len(p.stderr.splitlines()) == 1 and not (tmp_path/'gradsentry-attack').exists()
+    status, _, err = command('attack', 'rows.jsonl', *args)
+    assert status == 2 and says in err and len(err.splitlines()) == 1 and not (tmp_path/'gradsentry-attack').exists()
 
 
 def test_charts_of_every_preset_draw():

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import string
 import subprocess
 import sys
 import types
@@ -24,6 +25,7 @@ from gradsentry_nb.attacks.triggers import ATTACKS, PAYLOADS
 from gradsentry_nb.core import Cut, Scores, Verdict
 from gradsentry_nb.data import Samples, load_samples
 from gradsentry_nb.demo import demo_model, demo_model_path, demo_rows, demo_samples
+from gradsentry_nb.encoder import toy_encoder
 from gradsentry_nb.magics import MAGICS, attached, cell_samples, completions, line_function, parse_line, split_line, unfinished
 from gradsentry_nb.sentry import PRESETS, Sentry
 from gradsentry_nb.spurious import made_reviews
@@ -182,10 +184,12 @@ def test_every_twin_is_the_same(ready, stubs, scanned, model, monkeypatch):
     shutil.copytree(demo_model_path(), 'my-model')
     monkeypatch.setattr('gradsentry_nb.demo.demo_path', lambda: 'data.jsonl')
     clean = samples[:11]
-    ns = {n: getattr(gradsentry_nb, n) for n in ('Sentry', 'load_samples', 'demo_model', 'poison', 'write_outputs', 'report_html', 'scan_tokens', 'inject')}
+    ns = {n: getattr(gradsentry_nb, n) for n in ('Sentry', 'load_samples', 'demo_model', 'poison', 'write_outputs', 'report_html', 'scan_tokens', 'inject', 'defend', 'probe_backbone', 'load_classifier')}
     ns.update(widgets=sys.modules['gradsentry_nb.widgets'], explain=sys.modules['gradsentry_nb.explain'], model=model[0], tokenizer=model[1], sentry=sentry,
               samples=samples, demo_path=lambda: 'data.jsonl', rows=ROWS, reviews=made_reviews())
     ready.user_ns.update(rows=ROWS, reviews=made_reviews())
+    pair = toy_encoder([*dict.fromkeys(' '.join(r['text'] for r in made_reviews(40)).split()), *(x+y for x in string.ascii_lowercase for y in 'bcdfghjklmnpqrstvwxyz')])
+    for x in pair: x.save_pretrained('my-encoder')
     checked = 0
     for m in MAGICS.values():
         for line, code in m.twins.items():
@@ -194,6 +198,9 @@ def test_every_twin_is_the_same(ready, stubs, scanned, model, monkeypatch):
             if m.name == 'gs_view': ready.user_ns['mine'] = attached(ready).verdict
             ns.update(verdict=attached(ready).verdict, mine=ready.user_ns.get('mine'), sentry=attached(ready).sentry)
             words = line.partition(' ')[2].replace('--known-clean mine', '--known-clean mine --fpr 0.1' if calibrated else '')
+            if m.name == 'gs_obliviate':
+                few = ready.user_ns['reviews'] = made_reviews(40); ns.update({c: [r[c[:-1]] for r in few] for c in ('texts', 'labels')})
+                words, code = (x.replace('2000', '40').replace('epochs 5', 'steps 1').replace('epochs=5', 'steps=1') for x in (words, code))
             if calibrated: code = code.replace("threshold='calibrated'", "threshold='calibrated', fpr=.1"); ready.user_ns['mine'] = ns['mine'] = clean
             got = ready.run_line_magic(m.name, words) if m.kind == 'line' else ready.run_cell_magic(m.name, words, '{"prompt": "...", "response": "..."}')
             made = dict(ns)
@@ -218,6 +225,8 @@ def alike(got, wanted):
         return
     if isinstance(got, types.SimpleNamespace): alike((got.sentry, got.samples), (wanted.sentry, wanted.samples)); return
     if hasattr(got, 'page'): assert got.page == wanted; return
+    if hasattr(got, 'sweep'): return pd.testing.assert_frame_equal(got.table(), wanted.table())
+    if hasattr(got, 'first'): return pd.testing.assert_frame_equal(got.table, wanted.table)
     if hasattr(got, 'every'): return pd.testing.assert_frame_equal(got.every, wanted.every)
     assert got == wanted
 

@@ -11,7 +11,7 @@ from gradsentry_nb.core import DataError, ModelError, SettingError
 from gradsentry_nb.demo import demo_model_path
 from gradsentry_nb.obliviate import (QUERIES, ObliviateSettings, ObliviateTrainer, add_houlsby, amplification, attention_mass, attention_regularisation, attention_rows, cosine_to,
                                      frontier, head_modules, load_peft, norm_matched, obliviate_loss, peft_norms, peft_parameters, pick_weights, query_of, remove_houlsby, representations,
-                                     save_peft, scores_left, tune_adapter, with_peft, word_tokens)
+                                     save_peft, scores_left, tune_adapter, with_peft, word_places)
 from gradsentry_nb.train import load_classifier, pool_of, pooled, tune_classifier
 
 torch.set_num_threads(1)
@@ -355,7 +355,7 @@ def test_attention_on_words(name, tok):
     model = made(name)
     eager = made(name, attn_implementation='eager')
     eager.load_state_dict(model.state_dict())
-    found, at = attention_mass(model, tok, TEXTS, ['is', 'good']), word_tokens(tok, TEXTS, ['is', 'good'])
+    found, at = attention_mass(model, tok, TEXTS, ['is', 'good']), word_places(tok, TEXTS, ['is', 'good'])
     for i, x in enumerate(TEXTS[:6]):
         ids = torch.tensor([tok(x)['input_ids']])
         with torch.no_grad(): layers = eager(input_ids=ids, output_attentions=True).attentions
@@ -379,8 +379,8 @@ def test_what_the_head_reads(name, tok):
 
 def test_words_in_pieces(tok, recwarn):
     piece = next(w for w in ('film', 'the', 'is', 'good', 'was') if len(tok(f'a {w} b', add_special_tokens=False)['input_ids'])-len(tok('a b', add_special_tokens=False)['input_ids']) == 1)
-    assert [x.sum() for x in word_tokens(tok, [f'a {piece} b', f'a {piece}x b', f'a {piece}, a {piece}'], piece)] == [1, 0, 2] and not len(recwarn)
-    with pytest.warns(UserWarning, match=r"'antidisestablishment' is split into \d+ pieces by this tokenizer"): found = word_tokens(tok, ['an antidisestablishment'], 'antidisestablishment')
+    assert [x.sum() for x in word_places(tok, [f'a {piece} b', f'a {piece}x b', f'a {piece}, a {piece}'], piece)] == [1, 0, 2] and not len(recwarn)
+    with pytest.warns(UserWarning, match=r"'antidisestablishment' is split into \d+ pieces by this tokenizer"): found = word_places(tok, ['an antidisestablishment'], 'antidisestablishment')
     assert found[0].sum() > 1
     with pytest.raises(DataError, match='None of the 24 texts has any of the words'): attention_mass(made('bert'), tok, TEXTS, 'cf')
 

@@ -479,7 +479,7 @@ def test_interrupted_before_the_first_row(demo, rows, monkeypatch):
     class Stopped:
         notes = ()
         def __init__(self, *a, **k): pass
-        def __call__(self, rows): raise KeyboardInterrupt
+        def __call__(self, rows, reduce): raise KeyboardInterrupt
     sentry = Sentry(*demo)
     monkeypatch.setattr(module, 'Capture', Stopped)
     with pytest.raises(ScanInterrupted) as e: sentry.score(rows, False)
@@ -559,7 +559,7 @@ def test_packaged_set(verdict):
     assert max(length_f1(samples, demo_truth()), best_f1(tokens, y)[0], best_f1(-tokens, y)[0]) < .7
 
 
-@pytest.mark.parametrize('seed', [1, 2, 3, 4, 5])
+@pytest.mark.parametrize('seed', [1, 2, 3])
 def test_fresh_sets(sentry, seed):
     samples, truth = demo_samples(seed=seed)
     v = sentry.filter(samples, progress=False)

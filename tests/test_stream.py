@@ -128,7 +128,7 @@ def test_only_the_rest_is_computed(sentry, rows, whole, tmp_path, monkeypatch):
     class Watched:
         def __init__(self, inner): self.inner = inner
         def __getattr__(self, name): return getattr(self.inner, name)
-        def __call__(self, rows): seen.append(len(rows)); return self.inner(rows)
+        def __call__(self, rows, *reduce): seen.append(len(rows)); return self.inner(rows, *reduce)
     monkeypatch.setattr(Sentry, 'capture', lambda self: Watched(capture(self)))
     same(scan_to(sentry, rows, tmp_path/'scan', False), whole)
     assert seen == [b-a for a, b in plan[len(chunks):]]

@@ -300,7 +300,7 @@ def test_the_benchmarks_sets_do_not_overlap():
 
 @pytest.mark.slow
 def test_the_attack_works_and_the_filter_saves(tmp_path, capsys):
-    "The small version of the benchmark: about a minute on two cores."
+    "The small version of the benchmark: about a minute and a half of one core."
     from benchmarks.end_to_end import bars, main
     table = main(['--small', '--out', str(tmp_path)]).set_index('arm')
     assert table.loc['no defence', 'asr'] >= .4 and table.loc['filtered', 'asr'] <= .01 and table.loc['clean training', 'asr'] <= .01
