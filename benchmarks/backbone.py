@@ -78,7 +78,7 @@ def main():
     if a.plant:
         b, rows = plant(*encoder(), texts('sst2-train'), random.Random(0).sample(texts('sst2-test'), 300), a.plant, a.seed, a.read, steps=a.steps, clean=a.clean, lr=a.lr)
         if a.keep: b.save(a.keep); b.log.to_csv(a.keep/'log.csv', index=False)
-        put(rows, GATES, 'backbone.csv', ['attack', 'read', 'seed'], a.store)
+        put(rows, GATES, 'backbone.csv', ['attack', 'read', 'seed', 'clean_weight'], a.store)
     if a.scan:
         if a.scan == 'clean': model, tokenizer = encoder(); name, attack, triggers, seed = 'clean', '', (), a.seed
         else: b = load_backbone(a.scan); model, tokenizer, name, attack, triggers, seed = b.model, b.tokenizer, f'{b.attack} on {b.read}', b.attack, b.triggers, b.seed

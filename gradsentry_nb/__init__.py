@@ -22,7 +22,8 @@ __all__ = ['load_ipython_extension', 'unload_ipython_extension', 'Sample', 'Scor
            'obliviate_loss', 'frontier', 'attention_mass', 'attention_over', 'defend', 'Defence', 'load_peft',
            'attention_maps', 'scan_tokens', 'TokenScan', 'occlude', 'word_encoder', 'rewrite_rows', 'rule_rewriter',
            'paraphraser', 'instructed', 'spelling', 'grammar', 'retention', 'changed_words', 'SteeringGrid',
-           'run_steering', 'collect_steering', 'share_lines', 'forced_table', 'forced_chart', 'rank_maps', 'encode',
+           'run_steering', 'collect_steering', 'share_lines', 'forced_table', 'forced_chart', 'rank_maps',
+           'ObliviateGrid', 'run_obliviate', 'collect_obliviate', 'against_none', 'chosen_weights', 'encode',
            'plant_backbone', 'load_backbone', 'BackboneBackdoor', 'with_triggers', 'BACKBONE_ATTACKS', 'probe_backbone',
            'BackboneScan', 'TriggerFlips', 'backbone_asr', 'trigger_flips', 'compare_flips', 'mcnemar']
 
@@ -69,6 +70,7 @@ _home = {
     "experiment_grid": "experiment", "EXPERIMENTS": "experiment",
     "SteeringGrid": "ssti_study", "run_steering": "ssti_study", "collect_steering": "ssti_study", "share_lines": "ssti_study", "forced_table": "ssti_study", "forced_chart": "ssti_study",
     "rank_maps": "ssti_study",
+    "ObliviateGrid": "obliviate_study", "run_obliviate": "obliviate_study", "collect_obliviate": "obliviate_study", "against_none": "obliviate_study", "chosen_weights": "obliviate_study",
     "encode": "encoder", "plant_backbone": "attacks.backbone", "load_backbone": "attacks.backbone", "BackboneBackdoor": "attacks.backbone", "with_triggers": "attacks.backbone", "BACKBONE_ATTACKS": "attacks.backbone",
     "probe_backbone": "backbone_scan", "BackboneScan": "backbone_scan", "TriggerFlips": "evaluate", "backbone_asr": "evaluate", "trigger_flips": "evaluate", "compare_flips": "evaluate", "mcnemar": "evaluate",
 }
@@ -86,6 +88,7 @@ _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "D
          "attention_over", "defend", "Defence", "load_peft", "attention_maps",
          "scan_tokens", "TokenScan", "occlude", "word_encoder", "rewrite_rows", "rule_rewriter", "paraphraser", "instructed", "spelling", "grammar", "retention", "changed_words",
          "SteeringGrid", "run_steering", "collect_steering", "share_lines", "forced_table", "forced_chart", "rank_maps",
+         "ObliviateGrid", "run_obliviate", "collect_obliviate", "against_none", "chosen_weights",
          "encode", "plant_backbone", "load_backbone", "BackboneBackdoor", "with_triggers", "BACKBONE_ATTACKS", "probe_backbone", "BackboneScan", "TriggerFlips", "backbone_asr", "trigger_flips", "compare_flips", "mcnemar"]
 
 # %% ../nbs/90_extension.ipynb #9a431495
