@@ -37,11 +37,13 @@ def blocks():
         'paper': (por, sst, grid(kinds=('houlsby',), arms=('none',), steps=(2500,))),                        # 20 epochs of 2,000 rows at 3e-4
         'kinds': (por, sst, grid(kinds=KINDS, arms=('none', 'both'))),                                       # 5 epochs at 3e-4
         'rates': (por, sst, grid(kinds=('lora', 'houlsby'), arms=('none', 'both'), lrs=(1e-3, 3e-3, 3e-4), steps=(250,))),
-        'terms': (por, sst, grid(arms=('none', 'reg', 'amp', 'both', 'norm-matched', 'rescaled'), **fast)),
+        'terms': (por, sst, grid(arms=('none', 'reg', 'amp', 'both', 'norm-matched', 'rescaled', 'scaled, head refit'), **fast)),
         'clean': (('clean',), sst, grid(arms=('none', 'both'), **fast)),
         'UOR': (('UOR',), sst, grid(arms=TERMS, **fast)),
         'frontier': (por, sst, grid(arms=PAIRS, **fast)),
         'paper, defended': (por, sst, grid(kinds=('houlsby',), arms=('none', 'both'), steps=(2500,))),
+        'long': (por, sst, grid(arms=('none', 'both', (0, .1), (3e-3, .1)), lrs=(3e-3,), steps=(1000,))),   # the same rate, four times as long
+        'long, houlsby': (por, sst, grid(kinds=('houlsby',), arms=('none', 'both', (0, .1), (3e-3, .1)), lrs=(3e-3,), steps=(1000,))),
         'neighbours': (por, sst, grid(arms=('none', 'heads pruned', 'last layer anew', 'no dropout'), **fast)),
         'onion': (por, sst, grid(arms=('onion',), **fast)),
         'kinds, fast': (('POR', 'UOR', 'clean'), sst, grid(kinds=KINDS, arms=TERMS, **fast)),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ARMS', 'SPOILT', 'LOOKS', 'SLOW', 'SETTING', 'SHARES', 'Arm', 'arm_of', 'Spoilt', 'badnets_rows', 'ObliviateGrid',
            'obliviate_problems', 'ObliviateCell', 'plan_obliviate', 'pruned_heads', 'fresh_layers', 'spectral_share',
-           'rescaled', 'adaptive_losses', 'ObliviateRunner', 'pack_bits', 'unpack_bits', 'flip_measures',
-           'obliviate_row', 'collect_obliviate', 'run_obliviate', 'against_none', 'chosen_weights', 'arms_chart',
-           'length_chart', 'frontier_chart', 'stored_obliviate']
+           'rescaled', 'scaled_update', 'refit_head', 'adaptive_losses', 'ObliviateRunner', 'pack_bits', 'unpack_bits',
+           'flip_measures', 'obliviate_row', 'collect_obliviate', 'run_obliviate', 'against_none', 'chosen_weights',
+           'arms_chart', 'length_chart', 'frontier_chart', 'stored_obliviate']
 
 # %% ../nbs/45_obliviate_study.ipynb #045b0003
 import copy, json, math, re, time, warnings
@@ -38,6 +38,7 @@ from .ssti_study import Asked, labelled, _same_settings
 ARMS = {   # name -> what is done; `lambda_amp`, `lambda_reg` and `dropout` of the training, what is done to the backbone `before` it, or to the classifier `after` it
     'none': {}, 'no dropout': dict(dropout=0.), 'amp': dict(lambda_amp=3e-3), 'reg': dict(lambda_reg=3e-2), 'both': dict(lambda_amp=3e-3, lambda_reg=3e-2),
     'norm-matched': dict(after='stretch'), 'onion': dict(after='onion'), 'rescaled': dict(after='rescale'), 'heads pruned': dict(before='prune'), 'last layer anew': dict(before='reset'),
+    'scaled, head refit': dict(after='scale'),
 }
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Arm:
     lambda_reg:float = 0.
     dropout:float|None = None   # None: the preset's
     before:str = ''             # '', 'prune' or 'reset'
-    after:str = ''              # '', 'stretch', 'rescale' or 'onion'
+    after:str = ''              # '', 'stretch', 'rescale', 'scale' or 'onion'
 
 def arm_of(
     x,              # a name from `ARMS`, or a pair (lambda_amp, lambda_reg)
@@ -130,7 +131,7 @@ def obliviate_problems(
         try: arm_of(a)
         except SettingError as e: out.append(str(e))
     if not out and len({arm_of(a).name for a in g.arms}) < len(g.arms): out.append('Two of arms= are the same; leave one out.')
-    if not out and any(arm_of(a).after == 'rescale' for a in g.arms) and {*g.kinds}-{'lora'}: out.append("The arm 'rescaled' is of LoRA's update; give kinds=('lora',).")
+    if not out and {*g.kinds}-{'lora'}: out += [f'The arm {a.name!r} is of LoRA\'s update; give kinds=(\'lora\',).' for a in map(arm_of, g.arms) if a.after in ('rescale', 'scale')]
     if not out:
         try: [c.settings for c in plan_obliviate(g, [''], [''])]
         except SettingError as e: out.append(str(e))
@@ -237,6 +238,39 @@ def rescaled(
         for n, x in now.items(): model.get_submodule(n).lora_B['default'].weight.mul_(share/max(x, 1e-12))
     return model
 
+# %% ../nbs/45_obliviate_study.ipynb #db7400af
+def scaled_update(
+    model,             # with LoRA
+    factor:float,      # of its update
+):                     # a copy
+    "A copy whose LoRA does as much more."
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for n, m in model.named_modules():
+            if hasattr(m, 'lora_B'): m.lora_B['default'].weight.mul_(factor)
+    return model
+
+def refit_head(
+    model,             # a classifier, with an adapter or without
+    tokenizer,         # its tokenizer
+    texts,             # clean ones
+    labels,            # their classes, 0 and up
+    max_length:int=64, # most tokens of a text
+):                     # a copy
+    "A copy in which the head's last layer is a logistic regression on what it reads of these texts."
+    from sklearn.linear_model import LogisticRegression
+    model, said = copy.deepcopy(model), []
+    head = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.out_features == model.config.num_labels and 'original_module' not in n][-1]
+    X, hook = np.zeros((len(texts), head.in_features)), head.register_forward_pre_hook(lambda module, args: said.append(args[0].detach().double().cpu().numpy()))
+    try:
+        for at, *_ in _by_batch(model, tokenizer, list(texts), max_length, 4096): X[at] = said.pop()
+    finally: hook.remove()
+    fit = LogisticRegression(max_iter=1000).fit(X, labels)
+    W, b = fit.coef_, fit.intercept_
+    if len(W) == 1: W, b = np.concatenate([-W/2, W/2]), np.concatenate([-b/2, b/2])             # two classes
+    with torch.no_grad(): head.weight.copy_(torch.from_numpy(W)); head.bias.copy_(torch.from_numpy(b))
+    return model
+
 # %% ../nbs/45_obliviate_study.ipynb #16f9d8e9
 def adaptive_losses(
     read:str='cls',      # what is pinned, as in `plant_backbone`
@@ -332,6 +366,15 @@ def _best_share(run, valid, tokenizer, shares=(.1, .25, .5, 1.)):
     fits = [x for x in shares if right(rescaled(run.model, x)) >= plain-.01-1e-9]
     return max(fits, default=0.)
 
+def _scaled(run, rows, valid, factors=(2, 4, 8, 16, 32), drop=.01):
+    "(a run with the longest update at which clean texts lose no more than a point after the head was fitted anew, its factor)."
+    texts, labels, right = [s.prompt for s in rows], _labels(rows), lambda r: float((r.predict([s.prompt for s in valid]) == np.array(_labels(valid))).mean())
+    least, best = right(run)-drop-1e-9, (run, 1)
+    for x in factors:
+        new = replace(run, model=refit_head(scaled_update(run.model, x), run.tokenizer, texts, labels, run.settings.max_length))
+        if right(new) >= least: best = new, x
+    return best
+
 def _treated(self, cell):
     "(the classifier of a cell, a function that cleans texts for it, CPU seconds of its training, notes)."
     run, seconds = self.adapter(_sibling(cell, 'none') if cell.arm.after else cell)
@@ -340,6 +383,7 @@ def _treated(self, cell):
     if cell.arm.after == 'rescale':
         notes['spectral_share'] = best = _best_share(run, valid, run.tokenizer)
         if best: run = replace(run, model=rescaled(run.model, best))
+    if cell.arm.after == 'scale': run, notes['scale'] = _scaled(run, self.train_rows(cell)[0], valid)
     if cell.arm.after == 'onion':
         drops = np.concatenate([f for *_, f in word_drops(Samples(list(valid)[:60], 'clean texts', ''), *self.lm)])
         notes['onion_bar'] = bar = float(np.quantile(drops[np.isfinite(drops)], .95))                       # so that one clean word of twenty goes
