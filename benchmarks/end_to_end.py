@@ -26,7 +26,7 @@ from gradsentry_nb.train import METHODS, finetune
 
 ARMS, RATE = ('clean training', 'no defence', 'filtered'), .1
 FULL = dict(seeds=(201, 202, 203), methods=('lora', 'full'), ways=3, rows=3000, clean=1020, attacked=600, changes={})
-SMALL = dict(seeds=(100,), methods=('full',), ways=1, rows=600, clean=120, attacked=80, changes=dict(epochs=3))
+SMALL = dict(seeds=(100,), methods=('full',), ways=1, rows=450, clean=60, attacked=40, changes=dict(epochs=3))
 COLUMNS = ['seed', 'method', 'arm', 'rows', 'poisoned', 'cacc', 'cacc_low', 'cacc_high', 'cacc_minus_clean', 'diff_low', 'diff_high', 'asr', 'asr_low', 'asr_high',
            'filter_recall', 'filter_precision', 'cpu_seconds']
 

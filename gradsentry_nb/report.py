@@ -16,7 +16,6 @@ import numpy as np, pandas as pd
 
 from .core import DataError, Scores, Verdict, clip_middle, save_scores, seed_for, visible, _plain
 from .data import as_samples, check_rows, other_rows, pick
-from .charts import TITLES, _plural, chart_svg, score_by_length, score_histogram
 from .textstats import phrase_rival, repeated_phrases
 
 # %% ../nbs/16_report.ipynb #f7d8979a
@@ -103,6 +102,7 @@ def rival_sentences(
     phrases=(),     # `found_phrases`
 )->list[str]:       # one sentence per trivial detector
     "What each trivial detector alone would have done."
+    from gradsentry_nb.charts import _plural   # here and below where it is used: to write a chart takes seconds to load, and a command that refuses needs none
     out = []
     for r in all_rivals(verdict, phrases).to_dict('records'):
         if not r['agreement'] == r['agreement']: continue                                        # NaN: there is no verdict to compare with
@@ -140,6 +140,7 @@ def _number(x): return '–' if x is None or x != x else f'{x:,.4g}' if isinstan
 
 def _row_html(r, rank, sample, ends, marks, room):
     "One row of the page: `r` is its record of statistics."
+    from gradsentry_nb.charts import TITLES
     head, tail = ends
     core = sample.prompt[len(head):len(sample.prompt)-len(tail)]
     trigger, payload = marks or (None, None)
@@ -177,6 +178,7 @@ def _section(title, body, cls=''): return f'<section class="{cls}"><h2>{title}</
 
 # %% ../nbs/16_report.ipynb #867eb7a5
 def _charts_html(verdict):
+    from gradsentry_nb.charts import chart_svg, score_by_length, score_histogram
     f, cut, stat = verdict.scores.only([c for c in ('row', 'score', 'tokens') if c in verdict.scores.columns]), verdict.cut, verdict.scores.info.get('statistic', 'score')
     made = [score_histogram(f, cut, stat)] + ([score_by_length(f, cut, stat, 1500, not verdict.scores.info.get('layer'))] if 'tokens' in f else [])
     svgs = [re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>c{i}-', chart_svg(c)) for i, c in enumerate(made)]

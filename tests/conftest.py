@@ -1,4 +1,4 @@
-"""What every test may lean on: the checkout, a throwaway copy of it, and the data beside the project."""
+"""What every test may lean on: the checkout, a copy of it, and the data beside the project."""
 import gc
 import hashlib
 import os
@@ -22,8 +22,19 @@ LEFT_OUT = ('.git', '.venv', '.*_cache', '.hypothesis', '.ipynb_checkpoints', '_
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')   # several files run side by side
+# Files that take minutes, in the order in which they begin; left to the end, one of them would run while the other process has nothing to do.
+LONG = ('test_browser', 'test_colab_versions', 'test_browser_platforms', 'test_benchmarks', 'test_browser_magics', 'test_distributed', 'test_notebooks', 'test_stream', 'test_bad_input',
+        'test_widgets', 'test_magics', 'test_sentry', 'test_wheel', 'test_train', 'test_experiment')
 settings.register_profile('repeatable', deadline=None, derandomize=True, database=None)
 settings.load_profile('repeatable')
+
+
+def pytest_configure(config):
+    "Files are begun in the order of their tests; xdist would sort them by how many tests they have, and the longest have few."
+    if hasattr(config.option, 'loadscopereorder'): config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda i: LONG.index(i.path.stem) if i.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -35,12 +46,6 @@ def settled():
 def copy_checkout(folder):
     "Copy the checkout as it is on disk, committed or not, to a new `folder`."
     return shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    "A copy of the checkout to change freely."
-    return copy_checkout(tmp_path/'checkout')
 
 
 @pytest.fixture(scope='session')

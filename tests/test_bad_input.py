@@ -796,9 +796,10 @@ def test_rows_come_out_byte_for_byte(scanned, tmp_path):
         assert all(x in wanted for x in raw[0]), 'the kept rows changed their order'
 
 
-def test_demo_rows_come_out_byte_for_byte(scanned):
-    *_, clean, dropped = scanned(demo_path())
-    assert sorted(clean+dropped) == sorted(demo_path().read_bytes().splitlines()) and 0 < len(dropped) < len(clean)
+def test_demo_rows_come_out_byte_for_byte(scanned, tmp_path):
+    lines = demo_path().read_bytes().splitlines(keepends=True)[:300]
+    *_, clean, dropped = scanned(write(tmp_path/'demo.jsonl', b''.join(lines)))
+    assert sorted(clean+dropped) == sorted(x.rstrip(b'\n') for x in lines) and 0 < len(dropped) < len(clean)
 
 
 # ---- a real process

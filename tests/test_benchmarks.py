@@ -23,7 +23,7 @@ def beside():
 def test_speed_table_is_measured_side_by_side(beside, monkeypatch):
     some = ['64 tokens, 50% shared', 'the mix under three instructions']
     monkeypatch.setattr(speed, 'sets', lambda *a, every=speed.sets: {k: v for k, v in every(*a).items() if k in some})
-    table = speed.speed(48, 1, 512)
+    table = speed.speed(24, 1, 512)
     assert list(dict.fromkeys(table['set'])) == ['published WebQA mix', *some] and (table['rows_per_second'] > 0).all()
     for name, t in table.groupby('set', sort=False):
         assert list(t['method']) == [*(speed.METHODS if name not in some else (speed.PUBLISHED, speed.PLAIN, speed.OURS)), speed.FLOOR, speed.OWN]
@@ -31,7 +31,7 @@ def test_speed_table_is_measured_side_by_side(beside, monkeypatch):
         np.testing.assert_allclose(t['times_faster_than_published'], rate/rate[0], rtol=.02, atol=.01)
         np.testing.assert_allclose(t['time_over_plain_forward'], rate[1]/rate, rtol=.02, atol=.01)
     mix = table[table['set'] == 'published WebQA mix']
-    assert (mix['rows'] == 96).all() and (table['peak_mb'].dropna() > 100).all()
+    assert (mix['rows'] == 48).all() and (table['peak_mb'].dropna() > 100).all()
     parts = table[['transformer', 'head', 'spectrum', 'rest']].dropna()
     assert (table.loc[parts.index, 'method'] == speed.OURS).all() and len(parts) == 1+len(some) and (abs(parts.sum(axis=1)-1) < .01).all() and (parts > 0).all(axis=None)
     floor = table[table['method'] == speed.FLOOR].set_index('set')['rows_per_second']
@@ -139,6 +139,7 @@ def test_live_runs_small(tmp_path, monkeypatch):
     from benchmarks import live
     monkeypatch.setattr(live, 'SLIDES', (50,))
     monkeypatch.setattr(live, 'settings', lambda n, every=live.settings: [next(every(n))])
+    monkeypatch.setattr(live, 'memory', lambda times, some=live.memory: some(times, 60))
     table = live.main(['--rows', '60', '--repeat', '2', '--times', '2', '--out', str(tmp_path)])
     scans = {f'{x}, demo model' for x in ('scan alone', 'scan in a thread', 'scan under a dashboard', 'dashboard from start to verdict')}
     assert set(table['what']) == scans | {'slider moved', 'memory after the cell'}

@@ -147,7 +147,7 @@ def command(out, *more): return ['scan', str(demo_path()), '--model', str(demo_m
 FORKS = """
 import os, sys, json, pandas, torch, transformers, accelerate.utils, pyarrow.parquet
 from gradsentry_nb import cli, magics, report, distributed
-from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 print('ready', flush=True)
 for line in sys.stdin:
     jobs, pids = json.loads(line), []

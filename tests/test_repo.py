@@ -7,7 +7,7 @@ import sys
 import nbformat
 import notebooks
 import pytest
-from conftest import ROOT
+from conftest import ROOT, copy_checkout
 
 NOTEBOOKS = notebooks.notebooks()
 every_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
@@ -23,11 +23,14 @@ UNPORTABLE = {
 }
 
 
-def nbdev(command, folder):
-    "Run one of nbdev's commands in `folder`."
-    code = f'from nbdev.{command} import nbdev_{command} as f; f.__wrapped__()' if command == 'clean' else \
-        'from nbdev.doclinks import nbdev_export as f; f.__wrapped__()'
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "A copy of the checkout in which nbdev has exported every module anew, and then cleaned the notebooks."
+    folder = copy_checkout(tmp_path_factory.mktemp('made')/'checkout')
+    for path in (folder/'gradsentry_nb').rglob('*.py'): path.unlink()
+    code = 'from nbdev.clean import nbdev_clean; from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__(); nbdev_clean.__wrapped__()'
     subprocess.run([sys.executable, '-c', code], cwd=folder, env=notebooks.environment(), check=True)
+    return folder
 
 
 def texts(outputs):
@@ -58,21 +61,16 @@ def test_there_are_notebooks():
     assert (ROOT/'nbs'/'index.ipynb') in NOTEBOOKS
 
 
-def test_package_is_what_the_notebooks_export(checkout):
-    mine, made = ROOT/'gradsentry_nb', checkout/'gradsentry_nb'
-    for path in made.rglob('*.py'): path.unlink()
-    before = (checkout/'pyproject.toml').read_text()
-    nbdev('export', checkout)
-    sides = [{p.relative_to(x).as_posix(): p.read_bytes() for p in x.rglob('*.py')} for x in (mine, made)]
+def test_package_is_what_the_notebooks_export(made):
+    sides = [{p.relative_to(x).as_posix(): p.read_bytes() for p in x.rglob('*.py')} for x in (ROOT/'gradsentry_nb', made/'gradsentry_nb')]
     differing = sorted(k for k in sides[0].keys() | sides[1].keys() if sides[0].get(k) != sides[1].get(k))
     assert not differing, f'run `make export`: the notebooks make something else of {", ".join(differing)}'
-    assert (checkout/'pyproject.toml').read_text() == before, 'pyproject.toml and settings.ini disagree'
+    assert (made/'pyproject.toml').read_text() == (ROOT/'pyproject.toml').read_text(), 'pyproject.toml and settings.ini disagree'
 
 
-def test_notebooks_are_clean(checkout):
-    nbdev('clean', checkout)
+def test_notebooks_are_clean(made):
     unclean = [p.relative_to(ROOT).as_posix() for p in NOTEBOOKS
-               if p.read_bytes() != (checkout/p.relative_to(ROOT)).read_bytes()]
+               if p.read_bytes() != (made/p.relative_to(ROOT)).read_bytes()]
     assert not unclean, f'run `make notebooks` (or nbdev_clean): superfluous metadata in {", ".join(unclean)}'
 
 
