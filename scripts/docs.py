@@ -86,15 +86,17 @@ def settings(root, pages, static):
     ini.read(Path(root)/'settings.ini')
     said = ini['DEFAULT']
     shown = dict(myst_enable_extensions=['dollarmath', 'attrs_block'], myst_heading_anchors=4, myst_disable_syntax=['html_block', 'html_inline'],
-                 nb_execution_mode='off', nb_code_prompt_show='Source', nb_code_prompt_hide='Source', nb_mime_priority_overrides=[('html', 'application/javascript', None)])
+                 nb_execution_mode='off', nb_code_prompt_show='▸ Source', nb_code_prompt_hide='▾ Source', nb_mime_priority_overrides=[('html', 'application/javascript', None)])
     python = dict(add_module_names=False, python_maximum_signature_line_length=90, python_display_short_literal_types=True, toc_object_entries_show_parents='hide')
     page = dict(html_theme='furo', html_title=said.get('title', 'gradsentry_nb'), html_static_path=[str(ASSETS), *static], html_css_files=['site.css'], html_js_files=['search.js'],
                 html_favicon=str(ASSETS/'icon.svg'), html_copy_source=False, html_show_sourcelink=False, html_math_renderer='mathml', html_last_updated_fmt=None, templates_path=[],
                 html_theme_options=dict(light_css_variables={'color-brand-primary': '#0b5c93', 'color-brand-content': '#0b5c93'},
                                         dark_css_variables={'color-brand-primary': '#6cb8ef', 'color-brand-content': '#6cb8ef'}))
+    names = {s: re.sub(r'\.\w+$', '', at) for s, at in pages.at.items()}                       # the files that code in prose may name, numbered ones by their names alone, too
+    names |= {at.removesuffix('.ipynb'): at.removesuffix('.ipynb') for at in pages.at.values() if re.match(r'\d\d_.*\.ipynb$', at)}
     return dict(project=said.get('title', 'gradsentry_nb'), author=said.get('author', ''), copyright=said.get('copyright', ''), version=said.get('version', ''), release=said.get('version', ''),
                 language='en', smartquotes=False, root_doc='index', extensions=['myst_nb', 'sphinx_copybutton', 'docs_sphinx'], exclude_patterns=[],
-                gs_files={s: re.sub(r'\.\w+$', '', at) for s, at in pages.at.items()}, **shown, **python, **page)
+                gs_files=names, **shown, **python, **page)
 
 
 def static_site(root, out):

@@ -42,6 +42,12 @@ def telling(name):
     return bool(re.fullmatch(r'(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:\(\))?', name)) and bool(re.search(r'[A-Z_.(]', name))
 
 
+def of_table(node):
+    "Is it the name of a parameter in a table of docments?"
+    cell = node.parent.parent
+    return isinstance(cell, nodes.entry) and cell.parent.index(cell) == 0 and 'docments' in cell.parent.parent.parent.parent['classes']
+
+
 class Linked(SphinxPostTransform):
     "Code in prose that is a public name or a notebook of the project leads to it."
     default_priority = 200
@@ -52,7 +58,7 @@ class Linked(SphinxPostTransform):
         for node in list(self.document.findall(nodes.literal)):
             text, above = node.astext(), node.parent
             while above is not None and not isinstance(above, NOT_INSIDE): above = above.parent
-            if above is not None: continue
+            if above is not None or of_table(node): continue
             if text in files: to, anchor = files[text], ''
             elif telling(text) and (obj := names.get(text.removesuffix('()').removeprefix('gradsentry_nb.'))): to, anchor = obj
             else: continue

@@ -157,6 +157,8 @@ def test_prose_leads_to_names_and_notebooks(site):
     page = (site/'10_capture.html').read_text(encoding='utf-8')
     assert re.search(r'href="00_core\.html#gradsentry_nb\.core\.Encoded"', page)
     assert re.search(r'href="tutorials/live_view\.html"', (site/'index.html').read_text(encoding='utf-8'))
+    assert 'href="10_capture.html"><code' in (site/'CONTRIBUTING.html').read_text(encoding='utf-8').partition('<article')[2]
+    assert re.search(r'<td><p><code[^>]*><span class="pre">train_rows</span>', (site/'44_ssti_study.html').read_text(encoding='utf-8')), 'a parameter that is called like a function is not it'
     assert '<math' in page and '$' not in re.sub(r'<pre>.*?</pre>|<code.*?</code>|<script.*?</script>|<annotation.*?</annotation>|<dt.*?</dt>', '', page.partition('<article')[2], flags=re.S)
 
 
