@@ -117,6 +117,7 @@ def static_site(root, out):
         if out.exists(): shutil.rmtree(out)
         shutil.move(f'{work}/made/html', out)      # extensions write beside the folder of the pages, too
     (out/'.buildinfo').unlink(missing_ok=True)
+    shutil.rmtree(out/'_sources', ignore_errors=True)
     (out/'.nojekyll').touch()                      # a host of pages that skips names with an underscore is told not to
     return [*pages.problems, *filter(None, said.getvalue().splitlines()), *broken(out)]
 
