@@ -8,7 +8,7 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 OUT    ?= gradsentry-demo
 JOBS   ?= 2
 
-.PHONY: help demo test lab bench export notebooks readme wheel check-wheel clean
+.PHONY: help demo test lab bench export notebooks docs readme wheel check-wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list these commands
@@ -51,6 +51,9 @@ notebooks: $(VENV)/dev.stamp ## run every notebook top to bottom, store its outp
 	@$(BIN)/python scripts/notebooks.py run $(NB)
 	@$(BIN)/nbdev_export
 	@$(BIN)/python scripts/notebooks.py readme
+
+docs: $(VENV)/dev.stamp ## build the documentation site in _docs/, with Quarto where there is one and with Sphinx elsewhere
+	@$(BIN)/python scripts/docs.py
 
 check-wheel: $(VENV)/dev.stamp ## install the wheel into a new environment and run its demo
 	@scripts/check_wheel.sh
