@@ -150,7 +150,7 @@ def test_near_to_a_plain_scan(sentry, rows, whole):
     known = lambda x: {k: v for k, v in x.info.items() if k != 'notes'}          # every chunk has prefixes of its own
     assert list(plain.frame.dtypes) == list(whole.frame.dtypes) and known(plain) == known(whole)
     np.testing.assert_allclose(whole.frame['score'], plain.frame['score'], rtol=1e-4)
-    np.testing.assert_allclose(whole.frame['entropy'], plain.frame['entropy'], rtol=1e-5)
+    np.testing.assert_allclose(whole.frame['entropy'], plain.frame['entropy'], rtol=1e-5, atol=1e-6)          # how the last digits are rounded depends on the processor
 
 
 def test_other_numbers_of_threads(begun, sentry, rows, whole, tmp_path):
