@@ -116,7 +116,8 @@ def pack():
 
 
 def store(work, every, path=STORED):
-    "One table of what is done."
+    "One table of what is done, here and before."
+    for regime, model, g in every.values(): thaw(path, work/regime, plan_steering(replace(g, seeds=SEEDS), [model], ['SST-2']), steering_row)
     folders = sorted({regime for regime, *_ in every.values() if (work/regime/'cells').exists()})
     if not folders: sys.exit(f'{work}: nothing has been run here.')
     table = pd.concat([collect_steering(work/r).assign(regime=r) for r in folders], ignore_index=True)
