@@ -37,11 +37,13 @@ def exported(path):
 def methods(path, node):
     "The public methods of a class, with those that it is given after its definition; those of another class are explained there."
     found = [x.name for x in node.body if isinstance(x, ast.FunctionDef)]
-    for x in ast.parse(path.read_text(encoding='utf-8')).body:
+    body = ast.parse(path.read_text(encoding='utf-8')).body
+    defined = {x.name for x in body if isinstance(x, ast.FunctionDef)}
+    for x in body:
         if not isinstance(x, ast.Assign) or not isinstance(x.targets[0], (ast.Attribute, ast.Tuple)): continue
         several = isinstance(x.targets[0], ast.Tuple)
         pairs = zip(x.targets[0].elts, x.value.elts) if several and isinstance(x.value, ast.Tuple) else [(x.targets[0], x.value)]
-        found += [t.attr for t, v in pairs if isinstance(t, ast.Attribute) and ast.unparse(t.value) == node.name and (isinstance(v, (ast.Call, ast.Lambda)) or ast.unparse(v).startswith('_'))]
+        found += [t.attr for t, v in pairs if isinstance(t, ast.Attribute) and ast.unparse(t.value) == node.name and (isinstance(v, (ast.Call, ast.Lambda)) or ast.unparse(v) in defined)]
     return [x for x in found if not x.startswith('_')]
 
 
