@@ -49,7 +49,7 @@ def names_page(found):
     for module, page, entries in found:
         if not entries: continue
         dotted = f'gradsentry_nb.{module}'.removesuffix('.__init__')
-        rows = [docs_api.row([f'{{py:obj}}`{e.name} <{dotted}.{e.name}>`', docs_api.safe(e.doc.split('\n\n')[0])]) for e in entries]
+        rows = [docs_api.row([f'{{py:obj}}`{e.name} <{dotted}.{e.name}>`', docs_api.safe(e.doc.split('\n\n')[0])]) for e in entries if e.kind not in ('method', 'property')]
         text += [f'## [{dotted}]({page})', '{.names}\n| name | what it is |\n|---|---|\n'+'\n'.join(rows)]
     return '\n\n'.join(text)+'\n'
 

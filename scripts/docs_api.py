@@ -30,9 +30,13 @@ class Entry:
     members:list = field(default_factory=list)   # entries of a class
 
 
+def hidden(name): return name.startswith('_') and name != '__call__'
+
+
 class Cell:
     "An exported cell's syntax tree with its comments; notebook magics in it are blank lines."
-    def __init__(self, source):
+    def __init__(self, source, seen=None):
+        self.seen = {} if seen is None else seen           # functions of the cells so far, by name: (their cell, their syntax tree)
         self.source = '\n'.join('' if re.match(r'\s*[%!]', x) else x for x in source.splitlines())+'\n'
         self.body, self.lines = ast.parse(self.source).body, [x.encode() for x in self.source.split('\n')]
         self.tokens = list(tokenize.generate_tokens(io.StringIO(self.source).readline))
@@ -69,10 +73,10 @@ class Cell:
         says = lambda x, d: '' if lone or last[(d or x).end_lineno] != x.arg else self.comments.get((d or x).end_lineno, '')
         return [Parameter(stars+x.arg, self.text(x.annotation, True), self.text(d), says(x, d)) for stars, x, d in every]
 
-    def function(self, f, kind='function'):
+    def function(self, f, kind='function', static=False):
         method = kind != 'function'
         names = {self.text(d).split('.')[-1] for d in f.decorator_list}
-        entry = Entry(kind, f.name, ast.get_docstring(f) or '', self.parameters(f, method and 'staticmethod' not in names))
+        entry = Entry(kind, f.name, ast.get_docstring(f) or '', self.parameters(f, method and not static and 'staticmethod' not in names))
         end = self.header_end(f)
         note = self.comments.get(end, '')
         if f.lineno == end and (m := re.match(r'(\w+): *(.*)', note)) and m[1] in [p.name for p in entry.parameters]:
@@ -89,7 +93,7 @@ class Cell:
             if isinstance(x, ast.AnnAssign): entry.parameters += self.fields(x)
             if not isinstance(x, (ast.FunctionDef, ast.AsyncFunctionDef)): continue
             if x.name == '__init__': entry.parameters = self.function(x, 'method').parameters
-            elif not x.name.startswith('_'): entry.members.append(self.function(x, 'method'))
+            elif not hidden(x.name): entry.members.append(self.function(x, 'method'))
         return entry
 
     def fields(self, x):
@@ -99,6 +103,23 @@ class Cell:
         if m := re.match(r'field\(.*?\bdefault(?:_factory)?=([^,()]+(?:\(.*?\))?)', value): value = m[1]
         elif value.startswith('field('): value = ''
         return [Parameter(x.target.id, self.text(x.annotation, True), value, self.comments.get(x.end_lineno, ''))]
+
+    def given(self, x):
+        "Methods that a class is given after its definition: `Sentry.filter = _filter`."
+        target, value = x.targets[0], x.value
+        for t, v in zip(target.elts, value.elts) if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) else [(target, value)]:
+            if not (isinstance(t, ast.Attribute) and isinstance(t.value, ast.Name)) or t.value.id.startswith('_') or hidden(t.attr): continue
+            wrapped = self.text(v.func) if isinstance(v, ast.Call) and v.args else ''
+            v = v.args[0] if wrapped in ('property', 'staticmethod') else v
+            if isinstance(v, ast.Name) and v.id in self.seen:
+                cell, f = self.seen[v.id]
+                entry = cell.function(f, 'method', wrapped == 'staticmethod')
+            elif isinstance(v, ast.Lambda): entry = Entry('method', t.attr, parameters=[Parameter(a.arg) for a in v.args.args[wrapped != 'staticmethod':]])
+            else: continue
+            entry.name = f'{t.value.id}.{t.attr}'
+            if wrapped == 'property': entry.kind = 'property'
+            if wrapped == 'staticmethod': entry.options = ('staticmethod',)
+            yield entry
 
     def constants(self, x):
         targets = x.targets if isinstance(x, ast.Assign) else [x.target]
@@ -111,9 +132,12 @@ class Cell:
         "What the cell adds to the public names of its module."
         found = []
         for x in self.body:
-            if isinstance(x, (ast.FunctionDef, ast.AsyncFunctionDef)): found.append(self.function(x))
+            if isinstance(x, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                self.seen[x.name] = self, x
+                found.append(self.function(x))
             if isinstance(x, ast.ClassDef): found.append(self.klass(x))
             if isinstance(x, (ast.Assign, ast.AnnAssign)): found += self.constants(x)
+            if isinstance(x, ast.Assign): found += self.given(x)
         return [e for e in found if not e.name.startswith('_') or e.name == '__version__']
 
     def imports_only(self): return all(isinstance(x, (ast.Import, ast.ImportFrom)) for x in self.body)

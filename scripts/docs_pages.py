@@ -137,13 +137,14 @@ class Pages:
         nb = nbformat.read(self.root/source, as_version=4)
         module = next((m for c in nb.cells if (m := directives(c.source).get('default_exp'))), None)
         self.entries[source] = []
-        cells = [new for cell in nb.cells for new in self.cells(source, cell)]
+        seen = {}
+        cells = [new for cell in nb.cells for new in self.cells(source, cell, seen)]
         lead(cells, source, module and f'gradsentry_nb.{module}'.removesuffix('.__init__'))
         meta = dict(kernelspec=dict(name='python3', display_name='python3', language='python'), language_info=dict(name='python', pygments_lexer='ipython3'))
         return nbformat.v4.new_notebook(cells=cells, metadata=meta), module
 
-    def cells(self, source, cell):
-        "What one cell of a notebook becomes."
+    def cells(self, source, cell, seen):
+        "What one cell of a notebook becomes; `seen`: functions of the cells before it."
         marks = directives(cell.source)
         if {'hide', 'default_exp'} & set(marks) or marks.get('include') == 'false': return
         if cell.cell_type == 'raw': return
@@ -154,7 +155,7 @@ class Pages:
         exported = {'export', 'exports', 'exporti'} & set(marks)
         tags = ['hide-input'] if exported else ['remove-input'] if marks.get('echo') == 'false' else []
         if exported:
-            parsed = docs_api.Cell(code)
+            parsed = docs_api.Cell(code, seen)
             if parsed.imports_only(): return
             if found := parsed.entries():
                 self.entries[source] += found

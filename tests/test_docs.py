@@ -34,6 +34,19 @@ def exported(path):
     return {n: defined.get(n) for n in names if not n.startswith('_')}
 
 
+def methods(path, node):
+    "The public methods of a class, with those that it is given after its definition; those of another class are explained there."
+    found = [x.name for x in node.body if isinstance(x, ast.FunctionDef)]
+    body = ast.parse(path.read_text(encoding='utf-8')).body
+    defined = {x.name for x in body if isinstance(x, ast.FunctionDef)}
+    for x in body:
+        if not isinstance(x, ast.Assign) or not isinstance(x.targets[0], (ast.Attribute, ast.Tuple)): continue
+        several = isinstance(x.targets[0], ast.Tuple)
+        pairs = zip(x.targets[0].elts, x.value.elts) if several and isinstance(x.value, ast.Tuple) else [(x.targets[0], x.value)]
+        found += [t.attr for t, v in pairs if isinstance(t, ast.Attribute) and ast.unparse(t.value) == node.name and (isinstance(v, (ast.Call, ast.Lambda)) or ast.unparse(v) in defined)]
+    return [x for x in found if not x.startswith('_')]
+
+
 def entry(page, name):
     "The signature of a name and all that is under it, as text, or None."
     at = page.find(f'id="{name}"')
@@ -130,6 +143,7 @@ def test_every_public_name_has_an_entry_with_its_parameters(site, path):
         said = entry(text, full)
         if said is None: missing.append(f'{name}: no entry'); continue
         if f'#{full}"' not in names: missing.append(f'{name}: not among all names')
+        if isinstance(node, ast.ClassDef): missing += [f'{name}: no {x}' for x in methods(path, node) if entry(text, f'{full}.{x}') is None]
         if not isinstance(node, ast.FunctionDef): continue
         a = node.args
         missing += [f'{name}: no {x.arg}' for x in [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, [a.vararg, a.kwarg])] if not re.search(rf'\b{x.arg}\b', said)]
@@ -251,6 +265,11 @@ def test_docments_are_read(source, expected):
     [found] = docs_api.Cell(source).entries()
     got = [(p.name, p.type, p.default, p.doc) for p in found.parameters]
     assert got+([found.returns.doc] if found.returns else []) == expected
+
+
+def test_methods_that_a_class_is_given_are_read():
+    cell = docs_api.Cell('def _f(self,\n    a:int, # one\n)->str: "Doc."\ndef _g(x): pass\nC.f, C.g, C._h = _f, staticmethod(_g), _f\nC.p, _D.q = property(lambda self: 1), _f\nC.n = other')
+    assert [docs_api.markdown(e).splitlines()[0].strip('~') for e in cell.entries()] == ['{py:method} C.f(a: int) -> str', '{py:method} C.g(x)', '{py:property} C.p']
 
 
 @pytest.mark.parametrize('text,wanted', [
