@@ -171,5 +171,5 @@ def check_detector(
     try: t = Trial(detector, trial_rows() if samples is None else as_samples(samples), tolerance)
     except GradSentryError as e: raise GradSentryError(f'{name} is no detector yet: {e}') from e
     for said, broken in CONTRACT.items():
-        if what := broken(t): raise GradSentryError(f'{name} breaks the promise “{said}”: {what}.')
+        if what := broken(t): raise GradSentryError(f'{name} breaks the promise “{said[:-1]}”: {what}.')
     return list(CONTRACT)

@@ -164,8 +164,8 @@ def badges(name, url, branch):
 
 def first_cell(name, url):
     "The code that brings the project onto Colab or Kaggle, with the stored tables; without an address it is a zip file of the repository, put there by hand."
-    lines = ['#| eval: false', 'import os, sys',
-             "if ('google.colab' in sys.modules or 'KAGGLE_KERNEL_RUN_TYPE' in os.environ) and not os.path.exists('../../settings.ini'):   # elsewhere there is nothing to do",
+    lines = ['#| eval: false', '# Colab and Kaggle: bring the project here and install what is missing. Elsewhere this does nothing.', 'import os, sys',
+             "if ('google.colab' in sys.modules or 'KAGGLE_KERNEL_RUN_TYPE' in os.environ) and not os.path.exists('../../settings.ini'):",
              f'    !git clone --quiet --depth 1 {url} gradsentry_nb' if url else '    !python -m zipfile -e gradsentry_nb.zip .',
              '    %cd -q gradsentry_nb/nbs/tutorials', '    %pip install --quiet ../..']
     return '\n'.join(lines+["    if 'google.colab' in sys.modules: from google.colab import output; output.enable_custom_widget_manager()"]*(name in WIDGETS))

@@ -46,7 +46,7 @@ def test_badges_come_with_an_address():
     none, some = notebooks.hosted(''), notebooks.hosted('https://github.com/some-one/gradsentry_nb.git', 'dev')
     for path in none:
         name = path.rpartition('/')[2].removesuffix('.ipynb')
-        assert b'Open in' not in none[path] and json.loads(none[path])['cells'][1]['source'][3] == '    !python -m zipfile -e gradsentry_nb.zip .\n'
+        assert b'Open in' not in none[path] and json.loads(none[path])['cells'][1]['source'][4] == '    !python -m zipfile -e gradsentry_nb.zip .\n'
         head, first = (''.join(c['source']) for c in json.loads(some[path])['cells'][:2])
         at = f'github.com/some-one/gradsentry_nb/blob/dev/{path}'
         assert head.split('\n\n')[2] == (f'[![Open in Colab](../images/open-in-colab.svg)](https://colab.research.google.com/{at.replace(".com", "", 1)}) '

@@ -615,5 +615,5 @@ def check_attack(
     "Go through `CONTRACT`; the first promise that is broken is a `GradSentryError` of one sentence."
     p = Planting(Samples(samples), attack, payload, rate)
     for said, broken in CONTRACT.items():
-        if what := broken(p): raise GradSentryError(f'{attack} with {payload} breaks the promise “{said}”: {what}.')
+        if what := broken(p): raise GradSentryError(f'{attack} with {payload} breaks the promise “{said[:-1]}”: {what}.')
     return list(CONTRACT)
