@@ -1,7 +1,6 @@
 """One contract for every detector, and each rival against its definition."""
 import copy
 import dataclasses
-import json
 import math
 import types
 from functools import cache
