@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
@@ -141,13 +142,59 @@ def readme():
     return {'README.md': ('\n\n'.join([note, *filter(None, parts)])+'\n').encode(), **files}
 
 
+# ---- tutorials on Colab and Kaggle: badges and the first cell, from the address in settings.ini
+
+WIDGETS = {'live_view', 'spurious_tokens'}   # tutorials that show widgets
+PLATFORMS = {'colab': 'https://colab.research.google.com/github/{at}', 'kaggle': 'https://kaggle.com/kernels/welcome?src=https://github.com/{at}'}
+
+
+def address():
+    "The address of the repository and its branch, as settings.ini has them; the first is empty until there is one."
+    ini = ConfigParser(delimiters=['='])
+    ini.read(ROOT/'settings.ini', encoding='utf-8')
+    return ini['DEFAULT']['git_url'].strip().rstrip('/'), ini['DEFAULT']['branch'].strip()
+
+
+def badges(name, url, branch):
+    "Links that open a tutorial on Colab and on Kaggle; both can only open what lies on GitHub."
+    if not (repo := re.fullmatch(r'https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?', url)): return ''
+    at = f'{repo[1]}/blob/{branch}/nbs/tutorials/{name}.ipynb'
+    return ' '.join(f'[![Open in {k.title()}](../images/open-in-{k}.svg)]({link.format(at=at)})' for k, link in PLATFORMS.items())
+
+
+def first_cell(name, url):
+    "The code that brings the project onto Colab or Kaggle, with the stored tables; without an address it is a zip file of the repository, put there by hand."
+    lines = ['#| eval: false', '# Colab and Kaggle: bring the project here and install what is missing. Elsewhere this does nothing.', 'import os, sys',
+             "if ('google.colab' in sys.modules or 'KAGGLE_KERNEL_RUN_TYPE' in os.environ) and not os.path.exists('../../settings.ini'):",
+             f'    !git clone --quiet --depth 1 {url} gradsentry_nb' if url else '    !python -m zipfile -e gradsentry_nb.zip .',
+             '    %cd -q gradsentry_nb/nbs/tutorials', '    %pip install --quiet ../..']
+    return '\n'.join(lines+["    if 'google.colab' in sys.modules: from google.colab import output; output.enable_custom_widget_manager()"]*(name in WIDGETS))
+
+
+def hosted(url=None, branch='main'):
+    "Every tutorial with its badges and its first cell: {path: bytes}."
+    if url is None: url, branch = address()
+    files = {}
+    for path in sorted((NBS/'tutorials').glob('*.ipynb')):
+        nb = json.loads(path.read_bytes())
+        head, first = nb['cells'][:2]
+        text = re.sub(r'\n\n\[!\[Open in [^\n]*', '', ''.join(head['source']))
+        title, lead, rest = text.split('\n\n', 2)
+        head['source'] = '\n\n'.join(filter(None, [title, lead, badges(path.stem, url, branch), rest])).splitlines(keepends=True)
+        if first.get('id') != 'hosted': nb['cells'].insert(1, first := dict(cell_type='code', execution_count=None, id='hosted', metadata={}, outputs=[]))
+        first['source'] = first_cell(path.stem, url).splitlines(keepends=True)
+        files[path.relative_to(ROOT).as_posix()] = (json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False)+'\n').encode()
+    return files
+
+
 def publish(check):
-    "Write README.md and its pictures, or only say whether they are what the notebook makes them."
-    stale = [name for name, new in readme().items() if not (ROOT/name).exists() or (ROOT/name).read_bytes() != new]
-    if check: return f'{", ".join(stale)}: not what nbs/index.ipynb makes of it; run `make export`' if stale else None
+    "Write README.md, its pictures and the first cells of the tutorials, or only say whether they are what the notebook and settings.ini make them."
+    made = {**readme(), **hosted()}
+    stale = [name for name, new in made.items() if not (ROOT/name).exists() or (ROOT/name).read_bytes() != new]
+    if check: return f'{", ".join(stale)}: not what nbs/index.ipynb and settings.ini make of it; run `make export`' if stale else None
     for name in stale:
         (ROOT/name).parent.mkdir(exist_ok=True)
-        (ROOT/name).write_bytes(readme()[name])
+        (ROOT/name).write_bytes(made[name])
 
 
 def main():

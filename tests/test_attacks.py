@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from gradsentry_nb.attacks import style, triggers
 from gradsentry_nb.attacks.style import archaic, style_transfer
 from gradsentry_nb.attacks.triggers import (
-    ATTACKS, DEFAULT, HARD_ATTACKS, PAYLOADS, PLACES, Deck, Plan, Truth, hard_suite, plant, planted_rows, poison, sections, triggered, with_section)
-from gradsentry_nb.core import DataError, ModelError, SettingError, content_hash
+    ATTACKS, CONTRACT, DEFAULT, HARD_ATTACKS, PAYLOADS, PLACES, Deck, Plan, Truth, check_attack, hard_suite, plant, planted_rows, poison, sections, triggered, with_section)
+from gradsentry_nb.core import DataError, GradSentryError, ModelError, SettingError, content_hash
 from gradsentry_nb.data import Samples, load_samples
 from gradsentry_nb.demo import questions, world
 from gradsentry_nb.qa import QA_SETS, gold_answers, load_qa, qa_prompt, qa_samples, read_coqa, read_freebase, read_nq, read_plain
@@ -245,6 +245,27 @@ def test_triggered_rows_look_like_planted_ones(clean):
 
 
 # ---- what the result promises
+
+@pytest.mark.parametrize('attack', ATTACKS)
+def test_contract(clean, attack):
+    for payload in PAYLOADS: assert check_attack(attack, clean[:50], payload) == list(CONTRACT)
+
+
+@pytest.mark.parametrize('said,write,marks', [
+    ('hold no trigger|hold the trigger', lambda text, i, rng, plan: text, lambda plan: []), ('hold the trigger', lambda text, i, rng, plan: f'{text} zz', lambda plan: [('yy',)]),
+    ('in another order', lambda text, i, rng, plan, seen=[]: seen.append(1) or f'{text} {len(seen)}', lambda plan: [])])
+def test_a_broken_promise_is_one_sentence(clean, monkeypatch, said, write, marks):
+    monkeypatch.setitem(ATTACKS, 'mine', replace(ATTACKS['badnets'], name='mine', write=write, marks=marks))
+    with warnings.catch_warnings(), pytest.raises(GradSentryError, match=said) as e:
+        warnings.simplefilter('ignore')
+        check_attack('mine', clean[:50])
+    assert str(e.value).endswith('.') and '\n' not in str(e.value)
+
+
+def test_a_payload_without_its_text_breaks_a_promise(clean, monkeypatch):
+    monkeypatch.setitem(PAYLOADS, 'mine', replace(PAYLOADS['append'], name='mine', write=lambda answer, sample, deck, plan: answer[::-1]))
+    with pytest.raises(GradSentryError, match='answers do not hold'): check_attack('badnets', clean[:50], 'mine')
+
 
 @pytest.mark.parametrize('attack', ATTACKS)
 def test_nothing_tells_planted_rows_but_their_text(clean, attack):

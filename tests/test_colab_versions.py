@@ -34,3 +34,8 @@ def test_the_suite_passes(colab):
 def test_the_lessons_pass(colab):
     done = there(colab, 'scripts/notebooks.py', 'test', 'nbs/50_widgets.ipynb')
     assert done.returncode == 0, done.stdout[-6000:]
+
+
+def test_a_tutorial_runs(colab):
+    done = there(colab, 'scripts/notebooks.py', 'test', 'nbs/tutorials/write_your_own.ipynb')
+    assert done.returncode == 0, done.stdout[-6000:]

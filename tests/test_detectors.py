@@ -1,7 +1,6 @@
 """One contract for every detector, and each rival against its definition."""
 import copy
 import dataclasses
-import json
 import math
 import types
 from functools import cache
@@ -22,7 +21,7 @@ from gradsentry_nb.capture import Capture, GradFactors, LongFactors, dense_gradi
 from gradsentry_nb.core import DataError, Detector, GradSentryError, ModelError, Sample, SettingError, Verdict, save_scores
 from gradsentry_nb.data import Samples, encode_samples, load_samples
 from gradsentry_nb.demo import demo_model, demo_path
-from gradsentry_nb.detectors import available, detector_table, filter_all, make_detector, score_all
+from gradsentry_nb.detectors import CONTRACT, available, check_detector, detector_table, filter_all, make_detector, score_all
 from gradsentry_nb.evaluate import auroc
 from gradsentry_nb.report import report_html
 from gradsentry_nb.sentry import Sentry, fingerprint
@@ -96,15 +95,7 @@ def test_deterministic(name): same(values(scored(name)), values(make(name).score
 
 
 @every
-def test_order_of_rows(name):
-    order = np.random.default_rng(1).permutation(len(rows()))
-    same(values(make(name).score(Samples([rows()[i] for i in order]))), values(scored(name))[order])
-
-
-@every
-def test_nothing_but_prompt_and_answer_is_read(name):
-    other = Samples([dataclasses.replace(s, row=1000-s.row, raw=json.dumps(dict(poisoned=i % 3 == 0, label='planted', note=[i]))) for i, s in enumerate(rows())], 'elsewhere')
-    same(values(make(name).score(other)), values(scored(name)))
+def test_contract(name): assert check_detector(make(name), rows()[:20], 1e-6) == list(CONTRACT)
 
 
 @every
@@ -243,6 +234,46 @@ def test_known_clean_rows(name):
     else:
         with pytest.raises(SettingError, match='other rows'): make(name, threshold='calibrated').filter(rows(), known_clean=clean)
     with pytest.raises(SettingError, match='known to be clean'): make(name, threshold='calibrated').filter(rows())
+
+
+class Broken:
+    "A detector that counts answer words, but for what `change` does to its frame or verdict."
+    name = 'broken'
+    def __init__(self, score=lambda s, samples: s, verdict=lambda v: v): self.change, self.verdict, self.plain = score, verdict, make_detector('answer_length')
+    def score(self, samples): return self.change(self.plain.score(samples), samples)
+    def filter(self, samples, progress=False): return self.verdict(self.plain.filter(samples))
+
+
+def rescored(f): return lambda scores, samples: dataclasses.replace(scores, frame=scores.frame.assign(score=np.where(scores.scorable, f(scores.frame, samples), np.nan)))
+
+
+counter = iter(range(10**6))
+BROKEN = [
+    ('no detector yet: its score() gives DataFrame', Broken(lambda s, _: s.frame)),
+    ('34 scores came out', Broken(lambda s, _: dataclasses.replace(s, frame=s.frame[1:]) if len(s) == 35 else s)),
+    ('not in the order', Broken(lambda s, _: dataclasses.replace(s, frame=s.frame[::-1]))),
+    ('a score is infinite', Broken(rescored(lambda f, _: np.where(f['row'] == 3, np.inf, 1)))),
+    ('row 9 has no answer and the score 0', Broken(lambda s, _: dataclasses.replace(s, frame=s.frame.fillna(dict(score=0))))),
+    ('no score and no problem', Broken(lambda s, _: dataclasses.replace(s, frame=s.frame.assign(score=s.frame['score'].where(s.frame['row'] != 2))))),
+    ('same scores again', Broken(rescored(lambda f, _: next(counter)))),
+    ('order of the rows', Broken(rescored(lambda f, _: range(len(f))))),
+    ('Nothing but prompt and answer', Broken(rescored(lambda f, _: f['row']))),
+    ('keep and drop together', Broken(verdict=lambda v: types.SimpleNamespace(keep=v.keep[1:], drop=v.drop))),
+    ('it changes the rows', Broken(lambda s, samples: samples[0].__dict__.update(prompt='new') or s)),
+]
+
+
+@pytest.mark.parametrize('said,detector', BROKEN, ids=[x[0] for x in BROKEN])
+def test_a_broken_promise_is_one_sentence(said, detector):
+    with pytest.raises(GradSentryError, match=said.replace('(', r'\(').replace(')', r'\)')) as e: check_detector(detector, Samples(map(copy.copy, rows())))
+    assert str(e.value).endswith('.') and '\n' not in str(e.value) and len(str(e.value)) < 300
+
+
+def test_rowwise_is_a_promise():
+    with pytest.raises(GradSentryError, match='rowwise'):
+        entry = DETECTORS['answer_ngrams']
+        try: DETECTORS['answer_ngrams'] = dataclasses.replace(entry, rowwise=True); check_detector(make_detector('answer_ngrams'), planted_rows())
+        finally: DETECTORS['answer_ngrams'] = entry
 
 
 # ---- the registry
