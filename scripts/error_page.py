@@ -30,7 +30,7 @@ class Error:
         "(what is wrong, what to do): the clause that asks for something stands last."
         for at in [m.end() for m in re.finditer(r'[;:?.)] ', self.message)]:
             rest = self.message[at:]
-            if re.match(rf'(?:or |and )?(?:{ASKS})\b(?!=)', rest, re.I) or re.match(r'(?:is|did you|has|was)\b.*\?', rest): return self.message[:at].rstrip(' ;:'), rest[0].upper()+rest[1:]
+            if re.match(rf'(?:or |and )?(?:{ASKS})\b(?!=)', rest, re.I) or re.match(r'(?:is|did you|has|was)\b.*\?', rest): return re.sub(r'[ ;:]+$', '.', self.message[:at].rstrip()), rest[0].upper()+rest[1:]
         if 'no such file' in self.message: return self.message, 'Check the path.'
         if re.search(r'\b(?:are|has|have|from|uses|there are) \{[^}]*\}[.?]?$|one of \{', self.message): return self.message, 'Take one of those that it lists.'
         return self.message, 'Give what it asks for.' if RIGHT.search(self.message) and not ACTION.search(self.message) else 'Do as it says.'
@@ -74,8 +74,10 @@ class Module:
     def __init__(self, path, kinds):
         self.tree, self.kinds = ast.parse(path.read_text(encoding='utf-8')), kinds
         self.name = path.relative_to(LIB).with_suffix('').as_posix().replace('/', '.')
-        self.up = {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
-        self.functions = {f.name: f for f in ast.walk(self.tree) if isinstance(f, ast.FunctionDef)}
+        self.up, self.nodes = {}, [self.tree]
+        for node in self.nodes:                                  # grows on the way
+            for child in ast.iter_child_nodes(node): self.up[child] = node; self.nodes.append(child)
+        self.functions = {f.name: f for f in self.nodes if isinstance(f, ast.FunctionDef)}
 
     def around(self, node, kinds=(ast.FunctionDef, ast.Lambda)):
         while (node := self.up.get(node)) and not isinstance(node, kinds): pass
@@ -115,14 +117,14 @@ class Module:
         def add(to, *values):
             if isinstance(to, ast.Name): found.setdefault(to.id, []).extend(values)
             if isinstance(to, ast.Tuple) and isinstance(values[0], ast.Tuple): [add(n, v) for n, v in zip(to.elts, values[0].elts)]
-        for x in ast.walk(part):
+        for x in self.nodes if part is self.tree else ast.walk(part):
             if isinstance(x, ast.Assign): [add(to, x.value) for to in x.targets]
             if isinstance(x, (ast.AugAssign, ast.NamedExpr)): add(x.target, x.value)
             if isinstance(x, ast.Call) and isinstance(x.func, ast.Attribute) and x.func.attr in ('append', 'extend'): add(x.func.value, *x.args)
         return found
 
     def errors(self):
-        for x in ast.walk(self.tree):
+        for x in self.nodes:
             if not (isinstance(x, ast.Call) and isinstance(x.func, ast.Name) and x.func.id in self.kinds and x.args): continue
             for m in self.messages(x.args[0], self.around(x)):
                 if len(re.findall(r'[a-z]{2,}', re.sub(r'\{[^}]*\}', '', m))) > 2: yield Error(self.name, x.func.id, self.where(x), m)   # not what only passes on another's message
@@ -131,17 +133,18 @@ class Module:
 def sources(): return sorted(p for p in LIB.rglob('*.py') if p.name != '_modidx.py')
 
 
+@cache
 def kinds():
     "The names of the project's error classes."
-    found, classes = set(FIRST), [c for p in sources() for c in ast.walk(ast.parse(p.read_text(encoding='utf-8'))) if isinstance(c, ast.ClassDef)]
-    for _ in range(4): found |= {c.name for c in classes for b in c.bases if isinstance(b, ast.Name) and b.id in found and c.name[0] != '_'}
+    found, classes = set(FIRST), [c for p in sources() for c in re.findall(r'^class ([A-Za-z]\w*)\((.*?)\)', p.read_text(encoding='utf-8'), re.M)]
+    for _ in range(4): found |= {name for name, bases in classes if found & set(re.split(r'\W+', bases))}
     return found
 
 
+@cache
 def errors():
     "Every error that the package can raise, in the order of its modules."
-    names = kinds()
-    return sorted({e for p in sources() for e in Module(p, names).errors()})
+    return sorted({e for p in sources() for e in Module(p, kinds()).errors()})
 
 
 def cell(text): return re.sub(r'([|<>*_`\\$\[\]])', r'\\\1', text)
@@ -149,10 +152,11 @@ def cell(text): return re.sub(r'([|<>*_`\\$\[\]])', r'\\\1', text)
 
 def page():
     "The table of all of them in Markdown."
-    parts, all_ = [], errors()
-    for module in dict.fromkeys(e.module for e in all_):
-        rows = [e for e in all_ if e.module == module]
-        parts.append(f'### {module}\n\n| error | what is wrong | what to do |\n|---|---|---|\n'+'\n'.join(f'| {e.kind} | {cell(e.parts[0])} | {cell(e.parts[1])} |' for e in rows))
+    parts, found = [], errors()
+    for module in dict.fromkeys(e.module for e in found):
+        rows = [(e.kind, *e.parts) for e in found if e.module == module]
+        name = 'gradsentry_nb' if module == '__init__' else module
+        parts.append('\n'.join([f'### `{name}`', '', '| error | what is wrong | what to do |', '|---|---|---|', *(f'| {k} | {cell(wrong)} | {cell(do)} |' for k, wrong, do in rows)]))
     return '\n\n'.join(parts)
 
 
