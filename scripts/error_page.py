@@ -33,7 +33,7 @@ class Error:
             if re.match(rf'(?:or |and )?(?:{ASKS})\b(?!=)', rest, re.I) or re.match(r'(?:is|did you|has|was)\b.*\?', rest): return re.sub(r'[ ;:]+$', '.', self.message[:at].rstrip()), rest[0].upper()+rest[1:]
         if 'no such file' in self.message: return self.message, 'Check the path.'
         if re.search(r'\b(?:are|has|have|from|uses|there are) \{[^}]*\}[.?]?$|one of \{', self.message): return self.message, 'Take one of those that it lists.'
-        return self.message, 'Give what it asks for.' if RIGHT.search(self.message) and not ACTION.search(self.message) else 'Do as it says.'
+        return self.message, 'Do as it says.' if ACTION.search(self.message) or 'says why' in self.message else 'Give what it asks for.'
 
     @property
     def says(self)->bool:
