@@ -387,7 +387,7 @@ def head_names(
     model,             # a classifier from `load_classifier` or `AutoModelForSequenceClassification`
 )->list:               # such as ['classifier'] or ['score']
     "What a classifier has beside its body."
-    if not type(model).__name__.endswith('ForSequenceClassification'): raise ModelError(f'{type(model).__name__} is no classifier; make one of any encoder or language model by load_classifier(name, classes).')
+    if not type(model).__name__.endswith('ForSequenceClassification'): raise ModelError(f'{type(model).__name__} is no classifier; load_classifier(name, classes) makes one of any encoder or language model.')
     return [n for n, m in model.named_children() if n != model.base_model_prefix and any(True for _ in m.parameters())]
 
 def lora_targets(

@@ -14,7 +14,7 @@ ASKS = ('give|name|choose|make|take|load|leave|use|set|write|put|drop|rename|sca
         'convert|switch|compress|train|keep|check|install|try|pip install')
 ACTION = re.compile(rf'(?:^|[;:,.?(}}] |\b(?:or|and|so|not|then) )(?:{ASKS})\b(?!=)', re.I)
 RIGHT = re.compile(r'\b(?:must|has to|lies? between|at least|at most|needs?|wants?|takes (?:a|an|one|two)|(?:is|are) (?:a|an|one|None|the|0)\b.*(?:, not|or more|, this is)|an? [\w ]+ is an?)\b|\w= is an? '
-                   r'|\b(?:are|has|have|from|classes|fit|uses|adds one:) \{|\b(?:says why|shows what there is|goes on|no such file)|%gs_\w+ [A-Z]| --\w|\?(?: |$)|\{e\}$')
+                   r'|\b(?:are|has|have|from|classes|fit|uses|adds one:) \{|\b(?:says why|shows what there is|makes one|goes on|no such file)|%gs_\w+ [A-Z]| --\w|\?(?: |$)|\{e\}$')
 
 
 @dataclass(frozen=True, order=True)
