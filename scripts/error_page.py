@@ -11,7 +11,7 @@ SHOWN = {'visible', 'repr', 'str', 'list', 'sorted', 'map', 'Path', 'html'}   # 
 
 # A message says what to do when a clause of it asks for something, or when it says what would have been right.
 ASKS = ('give|name|choose|make|take|load|leave|use|set|write|put|drop|rename|scan|run|merge|remove|download|save|mend|quote|say|select|open|wait|please|ask|allow|start|show|poison|add|list|make|delete|stop|turn|call|'
-        'convert|switch|compress|train|keep|check|install|try|pip install')
+        'convert|change|switch|compress|train|keep|check|install|try|pip install')
 ACTION = re.compile(rf'(?:^|[;:,.?(}}] |\b(?:or|and|so|not|then) )(?:{ASKS})\b(?!=)', re.I)
 RIGHT = re.compile(r'\b(?:must|has to|lies? between|at least|at most|needs?|wants?|takes (?:a|an|one|two)|(?:is|are) (?:a|an|one|None|the|0)\b.*(?:, not|or more|, this is)|an? [\w ]+ is an?)\b|\w= is an? '
                    r'|\b(?:are|has|have|from|classes|fit|uses|adds one:) \{|\b(?:says why|shows what there is|makes one|goes on|no such file)|%gs_\w+ [A-Z]| --\w|\?(?: |$)|\{e\}$')

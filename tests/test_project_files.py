@@ -16,7 +16,7 @@ PAPERS = {'2605.26574', '2506.11402', '2409.14119'}
 def test_every_notebook_is_on_the_map():
     text = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
     missing = [p.stem for p in notebooks.notebooks() if p.parent == notebooks.NBS and f'`{p.stem}`' not in text]
-    gone = [n for n in re.findall(r'`(\d\d_[\w.]+)`', text) if not (notebooks.NBS/f"{n.removesuffix('.ipynb')}.ipynb").exists()]
+    gone = [n for n in re.findall(r'`(\d\d_[\w.]+?)(?:\.ipynb)?`', text) if not (notebooks.NBS/f'{n}.ipynb').exists()]
     assert not missing and not gone
 
 
