@@ -105,7 +105,7 @@ def _magic(line):
     from IPython.core.error import UsageError
     from gradsentry_nb.cli import main
     try: words = shlex.split(line)
-    except ValueError: raise UsageError("%gradsentry: a quote is not closed, or a backslash ends the line.") from None
+    except ValueError: raise UsageError("%gradsentry: a quote is not closed, or a backslash ends the line; put a quote at the end.") from None
     try: status = main(words or ["--help"])
     except SystemExit as e: status = 0 if e.code in (0, None) else 2
     if status: raise UsageError("%gradsentry stopped; the line above says why.")

@@ -28,14 +28,14 @@ def foreground()->bool:
 class Job:
     "Work in a thread of its own, which can be stopped; `work` does it, and ends with another state."
     def __init__(self, tell): self.tell, self.state, self.error, self.halt, self.thread = tell, 'ready', None, threading.Event(), None   # then 'running', 'paused', 'stopped', 'done' or 'failed'
-    def begin(self, name):
+    def begin(self, name):   # name: of the thread
         "Start the thread, or work here where one would not be seen."
         _jobs.add(self); self.state = 'running'
         if foreground(): self.thread = threading.current_thread(); self.tell(self); self.work(); return self
         rest_team()
         self.thread = threading.Thread(target=self.work, name=name, daemon=True); self.thread.start()
         return self
-    def stop(self, wait=False):
+    def stop(self, wait=False):   # wait: until it has ended?
         "End soon; what is done stays."
         self.halt.set()
         if self.state == 'ready': self.state = 'stopped'
@@ -220,7 +220,7 @@ def _use(self,
 )->Cut:
     "Make another number the score, and cut it by the same method."
     if statistic is not None: choose('statistic', statistic, self.names)
-    if adjusted and self.frame['tokens'].isna().all(): raise SettingError('These scores do not say how long the answers are, so they cannot be adjusted for it.')
+    if adjusted and self.frame['tokens'].isna().all(): raise SettingError('These scores do not say how long the answers are, so they cannot be adjusted for it; leave that off.')
     if k is not None: self.entropies(k)
     if statistic is not None: self.statistic = statistic
     if adjusted is not None: self.adjusted = adjusted
@@ -231,7 +231,7 @@ def _entropies(self, k):
     "The entropy of the top k singular values of every row that is done."
     from torch import from_numpy
     from gradsentry_nb.spectrum import SVALS, spectral_entropy
-    if self.svals is None: raise SettingError('Only a dashboard keeps the singular values; for another k scan again with k=.')
+    if self.svals is None: raise SettingError('Only a dashboard keeps the singular values; scan again with k= for another.')
     if not isinstance(k, int) or not 2 <= k <= SVALS: raise SettingError(f'k must be a whole number from 2 to {SVALS} here, not {k!r}.')
     at = [i for i, s in enumerate(self.svals) if s is not None]
     top = np.zeros((len(at), k))
@@ -271,7 +271,7 @@ def _mark(self, what, ids=None):
     "Mark rows (default: the selected ones) as 'clean' or 'poison', or take the mark off (None)."
     if what is not None: choose('mark', what, ('clean', 'poison'))
     for i in self.selected if ids is None else ids:
-        if i not in self.at: raise DataError(f'There is no row with the id {visible(i, 40)!r} here.')
+        if i not in self.at: raise DataError(f'There is no row with the id {visible(i, 40)!r} here; take one from the column "id" of the table.')
         if what is None: self.marks.pop(i, None)
         else: self.marks[i] = what
 

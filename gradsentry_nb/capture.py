@@ -89,7 +89,7 @@ def check_vocabulary(
 ):
     "A `ModelError` when the tokenizer knows tokens that the model does not."
     size, top = model.get_input_embeddings().weight.shape[0], max((int(x.max()) for x in ids if len(x)), default=0)
-    if top >= size: raise ModelError(f'The tokenizer gives token {top}, the model knows {size}: they do not belong together.')
+    if top >= size: raise ModelError(f'The tokenizer gives token {top}, the model knows {size}: they do not belong together; load the tokenizer of this model.')
 
 def head_of(
     model,         # a transformers causal language model, possibly wrapped by peft
@@ -132,7 +132,12 @@ def find_tail(
     check_tail(tail, u, z, model)
     return tail
 
-def check_tail(tail, u, z, model):
+def check_tail(
+    tail,   # the `Tail` that was found in the config
+    u,      # [N, V] what the projection gave
+    z,      # [N, V] the model's logits
+    model,  # for the message
+):
     "Refuse a model whose logits are not `tail(u)`, within half precision's rounding."
     u, z = u.double(), z.double()
     if not (torch.isfinite(u).all() and torch.isfinite(z).all()): return
@@ -298,8 +303,12 @@ def fed(
     whole = stretching(model)
     return [len(r) if whole else r.last for r in rows]
 
-def check_positions(model, h, ids):
-    "Refuse a model whose projection does not see exactly the tokens: `h` [B, S, d] for `ids` [B, S]."
+def check_positions(
+    model,  # for the message
+    h,      # [B, S, d] what the projection sees
+    ids,    # [B, S] the tokens
+):
+    "Refuse a model whose projection does not see exactly the tokens."
     if h.shape[:2] != ids.shape: raise ModelError(f'{type(model).__name__} puts positions of its own among the tokens (a soft prompt?), so the supervised ones cannot be told; merge or remove them.')
 
 # %% ../nbs/10_capture.ipynb #82342dd2
@@ -405,7 +414,7 @@ def batch_factors(
 
 # %% ../nbs/10_capture.ipynb #139ba2c8
 def free_memory(
-    device:torch.device,
+    device:torch.device,  # of any type
 )->int|None:              # bytes; None where nobody can tell
     "What is free on a device, with what PyTorch holds there for reuse."
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]+torch.cuda.memory_reserved(device)-torch.cuda.memory_allocated(device)
@@ -466,7 +475,7 @@ class Capture:
         self.budget = self.budget or own_budget(self.model, self.room)
     def __repr__(self): return f'Capture({type(self.model).__name__}, budget={self.budget}, share={self.share}, tail={self.tail})'
 
-    def groups(self, rows):
+    def groups(self, rows):   # rows: `Encoded`
         "Which rows share which prefix; one that splits batches must save a batch."
         return prefix_groups(rows, self.budget) if self.share else _whole(range(len(rows)))
     def prefix(self, ids, before=None):
@@ -477,7 +486,7 @@ class Capture:
             if not isinstance(e, ModelError) and not out_of_memory(e): raise
             raise _Apart(str(e) if isinstance(e, ModelError) else 'memory ran out when they were kept') from None
 
-    def note(self, sentence):
+    def note(self, sentence):   # sentence: for the report
         "Remember a sentence once."
         if sentence not in self.notes: self.notes.append(sentence)
 
@@ -758,7 +767,12 @@ def only_at(
     finally: handle.remove()
 
 # %% ../nbs/10_capture.ipynb #0b0e9baf
-def check_flow(name, module, args, out):
+def check_flow(
+    name,    # of the layer, for the message
+    module,  # the layer
+    args,    # what it took
+    out,     # what it gave
+):
     "Refuse a layer that takes something with a gradient and gives something without."
     if not (isinstance(out, Tensor) and out.is_floating_point() and any(isinstance(a, Tensor) and a.requires_grad for a in args)): return
     if not out.requires_grad or 'NotImplemented' in out.grad_fn.name():

@@ -91,7 +91,7 @@ def _scan(a):
     from gradsentry_nb.distributed import Team, scan_in_team
     from gradsentry_nb.stream import estimate, forget, scan_to
     team = Team.here()
-    def score(some, progress):
+    def score(some, progress):   # some: the rows, or those known to be clean
         if some is rows: return scan_in_team(team, sentry, rows, a.out/UNFINISHED[0], progress, print)
         return scan_to(sentry, some, a.out/UNFINISHED[1], progress, print)          # known-clean rows: the first process alone
     with team.speaking():

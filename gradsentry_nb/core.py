@@ -296,9 +296,9 @@ def verdict_from_json(
 )->Verdict:
     "The verdict back from its JSON text."
     d = json.loads(text)
-    if not isinstance(d, dict) or d.get('format') != 'gradsentry-verdict-1': raise GradSentryError('This is no gradsentry verdict: its "format" is not "gradsentry-verdict-1".')
+    if not isinstance(d, dict) or d.get('format') != 'gradsentry-verdict-1': raise GradSentryError('This is no gradsentry verdict: its "format" is not "gradsentry-verdict-1"; give the text of a verdict.json.')
     if not isinstance(d['scores'], str): frame = _frame(d['scores'])
-    elif folder is None: raise GradSentryError(f'The scores of this verdict are in {d["scores"]} beside it: Verdict.from_json(text, folder).')
+    elif folder is None: raise GradSentryError(f'The scores of this verdict are in {d["scores"]} beside it; give their folder, too: Verdict.from_json(text, folder).')
     else: frame = load_scores(f'{folder}/{re.sub(r"[^.A-Za-z]", "", d["scores"])}').frame
     return Verdict(Scores(frame, d['info']), Cut(**d['cut']), _frame(d['rivals']))
 

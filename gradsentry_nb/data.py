@@ -50,7 +50,7 @@ def _lines(path):
         raise DataError(f'{name}, line {n}: not UTF-8 text (byte 0x{e.object[e.start]:02x}); save the file as UTF-8.') from e
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise DataError(f'{name}: the compressed file is broken or ends early after line {n}; download or compress it again.') from e
-    except OSError as e: raise DataError(f'{name}: the file cannot be read ({e.strerror or e}).') from e
+    except OSError as e: raise DataError(f'{name}: the file cannot be read ({e.strerror or e}); check its rights and its place.') from e
 
 # %% ../nbs/01_data.ipynb #0452de63
 def _dump(row):
@@ -62,7 +62,7 @@ def _dump(row):
 def _loads(text, where):
     "JSON, or one of the two errors that are not about its grammar."
     try: return json.loads(text)
-    except RecursionError as e: raise DataError(f'{where}: JSON nested too deeply to be a sample.') from e
+    except RecursionError as e: raise DataError(f'{where}: JSON nested too deeply to be a sample; drop this row.') from e
     except json.JSONDecodeError: raise
     except ValueError as e: raise DataError(f'{where}: a number with too many digits to be read; write it as text.') from e
 
@@ -84,7 +84,7 @@ def _rows_in(doc, name):
     lists = [k for k, v in doc.items() if isinstance(v, list) and v and isinstance(v[0], dict)] if isinstance(doc, dict) else []
     if len(lists) == 1 and lists[0] not in ('messages', 'conversations'): return doc[lists[0]]
     if isinstance(doc, dict) and not lists: return [doc]
-    raise DataError(f'{name}: a JSON file of samples holds one array of objects; found {"several: "+", ".join(lists) if lists else type(doc).__name__}.')
+    raise DataError(f'{name}: a JSON file of samples must hold one array of objects; found {"several: "+", ".join(lists) if lists else type(doc).__name__}.')
 
 @reader('.json')
 def _read_json(path):
@@ -107,7 +107,7 @@ def _read_csv(path):
         for n, row in enumerate(rows, 1):
             if '' in row and isinstance(row[''], list): raise DataError(f'{name}, row {n}: more fields than the header names; quote text that contains the separator.')
             yield f'row {n}', row, _dump(row)
-    except csv.Error as e: raise DataError(f'{name}, near line {rows.line_num+1}: broken CSV ({e}).') from e
+    except csv.Error as e: raise DataError(f'{name}, near line {rows.line_num+1}: broken CSV ({e}); mend this line.') from e
 
 # %% ../nbs/01_data.ipynb #e6c66a71
 @reader('.parquet')
@@ -118,7 +118,7 @@ def _read_parquet(path):
         source = io.BytesIO(gzip.open(path).read()) if str(path).lower().endswith('.gz') else str(path)
         for batch in pq.ParquetFile(source).iter_batches(1024):
             for row in batch.to_pylist(): n += 1; yield f'row {n}', row, _dump(row)
-    except (pa.ArrowException, OSError, EOFError, ValueError, zlib.error) as e: raise DataError(f'{name}: broken or truncated Parquet file (after row {n}).') from e
+    except (pa.ArrowException, OSError, EOFError, ValueError, zlib.error) as e: raise DataError(f'{name}: broken or truncated Parquet file (after row {n}); download or write it again.') from e
 
 # %% ../nbs/01_data.ipynb #44d8e217
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _text(row, field, where):
     value = row[field]
     if isinstance(value, (list, tuple, np.ndarray)) and all(isinstance(x, str) for x in value): return '; '.join(value)
     if isinstance(value, str): return value
-    raise DataError(f'{where}: the field {field!r} holds {visible(json.dumps(value, default=str), 40)}, not text.')
+    raise DataError(f'{where}: the field {field!r} holds {visible(json.dumps(value, default=str), 40)}, not text; write it as text or drop the row.')
 
 def _alpaca(row, layout, where):
     extra = _text(row, layout.context, where) if layout.context in row else ''
@@ -177,7 +177,7 @@ _ROLES = dict(human='user', gpt='assistant', bot='assistant', model='assistant')
 def _turns(row, field, where):
     "The turns of a conversation, checked and in one spelling."
     turns = row.get(field)
-    if not isinstance(turns, (list, tuple, np.ndarray)) or not len(turns): raise DataError(f'{where}: the field {field!r} is no list of chat turns.')
+    if not isinstance(turns, (list, tuple, np.ndarray)) or not len(turns): raise DataError(f'{where}: the field {field!r} is no list of chat turns; give objects with "role" and "content".')
     out = []
     for i, t in enumerate(turns, 1):
         if not isinstance(t, dict): raise DataError(f'{where}: turn {i} of {field!r} is no object with "role" and "content".')
@@ -228,7 +228,7 @@ def _hub_rows(name, split, revision):
     "Rows of a dataset by its hub name."
     import datasets
     try: data = datasets.load_dataset(name, split=split or 'train', revision=revision)
-    except Exception as e: raise DataError(f'{visible(name)}: neither a file here nor a data set that the hub gives us ({type(e).__name__}: {visible(str(e), 160)}).') from e
+    except Exception as e: raise DataError(f'{visible(name)}: neither a file here nor a data set that the hub gives us ({type(e).__name__}: {visible(str(e), 160)}); check the name.') from e
     yield from _plain_rows(data)
 
 def _saved_rows(path, split):
@@ -237,7 +237,7 @@ def _saved_rows(path, split):
     if not ((path/'dataset_info.json').exists() or (path/'dataset_dict.json').exists()):
         raise DataError(f'{path.name}: this folder is no saved data set; name a file ({", ".join(READERS)}) or a folder written by save_to_disk.')
     try: data = datasets.load_from_disk(str(path))
-    except Exception as e: raise DataError(f'{path.name}: this saved data set is broken ({type(e).__name__}: {visible(str(e), 160)}).') from e
+    except Exception as e: raise DataError(f'{path.name}: this saved data set is broken ({type(e).__name__}: {visible(str(e), 160)}); save it again.') from e
     yield from _plain_rows(_split(data, split, path.name))
 
 # %% ../nbs/01_data.ipynb #c734b1d9
@@ -307,14 +307,20 @@ def numbered(
     for k in keys: yield f'{k}-{seen[k]}'; seen[k] += 1
 
 def load_samples(
-    source,                         # as in `Source`, as are the others
-    prompt:str|None=None, response:str|None=None, messages:str|None=None, context:str|None=None, split:str|None=None, revision:str|None=None, limit:int|None=None,
+    source,                         # this and the others as in `Source`
+    prompt:str|None=None,           # column of the prompt
+    response:str|None=None,         # column of the response
+    messages:str|None=None,         # column of chat turns
+    context:str|None=None,          # column that stands before the prompt
+    split:str|None=None,            # split of a data set that has several
+    revision:str|None=None,         # revision on the hub
+    limit:int|None=None,            # read only so many rows
 )->Samples:
     "Read fine-tuning samples from almost anything; a `DataError` names file, row and field that cannot be read."
     rows = Source(source, prompt, response, messages, context, split, revision, limit)
     read, keys = tee(rows.read())
     out = [Sample(name, *fields) for name, (_, *fields) in zip(numbered(key for key, *_ in keys), read)]
-    if not out: raise DataError(f'{visible(rows.source)}: there are no rows in it.')
+    if not out: raise DataError(f'{visible(rows.source)}: there are no rows in it; give at least one.')
     return Samples(out, rows.source, rows.said, rows.path)
 
 def as_samples(
@@ -325,7 +331,7 @@ def as_samples(
     if isinstance(samples, Source): samples = Samples(samples, samples.source, samples.said, samples.path)
     listed = isinstance(samples, list) and (not samples or hasattr(samples[0], 'response'))
     if not isinstance(samples, Samples): samples = Samples(samples) if listed else load_samples(samples)
-    if not len(samples): raise DataError(f'There are no rows to {purpose}.')
+    if not len(samples): raise DataError(f'There are no rows to {purpose}; give at least one.')
     return samples
 
 # %% ../nbs/01_data.ipynb #459a80e8
@@ -333,7 +339,7 @@ def _number(self):
     "Go through all rows once: how many there are, and which hashes need an occurrence number."
     if hasattr(self.what[0], '__next__'): raise DataError('These rows can be gone through only once: give a list or a file.')
     keys = np.array(array('Q', (int(key, 16) for key, *_ in self.read())))
-    if not len(keys): raise DataError(f'{visible(self.source)}: there are no rows in it.')
+    if not len(keys): raise DataError(f'{visible(self.source)}: there are no rows in it; give at least one.')
     keys.sort()
     self.rows, self.again = len(keys), array('Q', np.unique(keys[1:][keys[1:] == keys[:-1]]).tobytes())
 
@@ -382,7 +388,11 @@ def fingerprint(
     return hashlib.blake2b('\n'.join(s.id for s in samples).encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/01_data.ipynb #cff5d253
-def other_rows(scores): return DataError(f'This verdict is about {len(scores):,} other rows: give the samples that were scored, in the same order.')
+def other_rows(
+    scores,         # of a verdict
+)->DataError:
+    "The error for samples that a verdict is not about."
+    return DataError(f'This verdict is about {len(scores):,} other rows: give the samples that were scored, in the same order.')
 
 def check_rows(
     verdict,       # a `Verdict`
@@ -452,7 +462,7 @@ def _encode_chat(sample, tokenizer, limit):
     if not getattr(tokenizer, 'chat_template', None): raise ModelError('This tokenizer has no chat template; use a chat model, or give the rows as prompt and response.')
     try: text, spans = chat_spans(tokenizer, [{**t, 'content': _clean(t['content'])} for t in sample.messages])
     except ModelError: raise
-    except Exception as e: raise DataError(f'Row {sample.row}: the chat template refuses this conversation ({visible(str(e), 120)}).') from e
+    except Exception as e: raise DataError(f'Row {sample.row}: the chat template refuses this conversation ({visible(str(e), 120)}); mend or drop it.') from e
     if tokenizer.is_fast:
         enc = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, starts, stops = np.array(enc['input_ids'], np.int32), *np.array(enc['offset_mapping']).reshape(-1, 2).T
@@ -584,9 +594,9 @@ def _need(field, columns, how, row=None):
 
 def _checked(texts, labels, back, text_field, label_field, ids=None, second=None):
     "Rows whose texts are texts and whose labels are classes."
-    if not texts: raise DataError('There are no rows.')
+    if not texts: raise DataError('There are no rows; give at least one.')
     for i, (t, y) in enumerate(zip(texts, labels), 1):
-        if not isinstance(t, str): raise DataError(f'row {i}: the field {text_field!r} holds {visible(repr(t), 40)}, not text.')
+        if not isinstance(t, str): raise DataError(f'row {i}: the field {text_field!r} holds {visible(repr(t), 40)}, not text; write it as text or drop the row.')
         if _key(y) is None: raise DataError(f'row {i}: the field {label_field!r} holds {visible(repr(y), 40)}; a class is an integer or a text.')
     labels = [*map(_key, labels)]; second = second or labels
     return _Rows(texts, labels, ids or _ids(texts, second), second, back)
@@ -595,7 +605,7 @@ def _checked(texts, labels, back, text_field, label_field, ids=None, second=None
 def _from_samples(rows, text_field, label_field):
     metas = [s.meta for s in rows]
     if chat := next((s for s in rows if s.messages is not None), None):
-        raise DataError(f'Row {chat.row} is a conversation; a classifier reads one text with one label.')
+        raise DataError(f'Row {chat.row} is a conversation, and a classifier reads one text with one label; give rows of these two.')
     for i, m in enumerate(metas, 1): _need(label_field, m, 'label_field', i)
     held = [f for f in (metas or [{}])[0] if f != label_field and all(m.get(f) == s.prompt for m, s in zip(metas, rows))]  # where the prompt was read from
     def back(texts, ids):
@@ -646,7 +656,7 @@ def load_rows(
 )->list:                    # dicts
     "Rows with all their fields, whatever these are called."
     name, rows = _open(source, split, None)
-    if not (out := [row for _, row, _ in rows]): raise DataError(f'{visible(name)}: there are no rows in it.')
+    if not (out := [row for _, row, _ in rows]): raise DataError(f'{visible(name)}: there are no rows in it; give at least one.')
     return out
 
 def _to_csv(rows, f, delimiter=','):
@@ -661,9 +671,9 @@ def check_target(
 ):
     "Refuse a file that rows cannot be written to; changes nothing."
     path = Path(path); there = next(p for p in path.absolute().parents if p.exists())
-    if path.suffix.lower() not in WRITERS or '\0' in str(path): raise SettingError(f'{visible(path, 200)}: rows are written to files that end in {", ".join(WRITERS)}.')
+    if path.suffix.lower() not in WRITERS or '\0' in str(path): raise SettingError(f'{visible(path, 200)}: rows are written to files that end in {", ".join(WRITERS)}; name one of these.')
     if path.is_dir(): raise DataError(f'{visible(path)} is a folder; name a file.')
-    if not there.is_dir() or not os.access(there, os.W_OK): raise DataError(f'{visible(path)} cannot be written: {visible(there)} {"does not allow it" if there.is_dir() else "is a file"}.')
+    if not there.is_dir() or not os.access(there, os.W_OK): raise DataError(f'{visible(path)} cannot be written: {visible(there)} {"does not allow it" if there.is_dir() else "is a file"}; choose another place.')
     if path.exists() and isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and os.path.samefile(path, source): raise DataError(f'{visible(path)} is what is read and would be overwritten; choose another file.')
 
 def write_rows(
@@ -676,6 +686,6 @@ def write_rows(
     try:
         with open(tmp, 'w', encoding='utf8', newline='') as f: WRITERS[path.suffix.lower()](rows, f)
         os.replace(tmp, path)
-    except UnicodeEncodeError as e: raise DataError(f'{visible(path)}: a text holds a character that only .jsonl can keep ({visible(e.object[e.start])}).') from e
-    except OSError as e: raise DataError(f'{visible(path)} cannot be written ({e.strerror or e}).') from e
+    except UnicodeEncodeError as e: raise DataError(f'{visible(path)}: a text holds a character that only .jsonl can keep ({visible(e.object[e.start])}); write such a file.') from e
+    except OSError as e: raise DataError(f'{visible(path)} cannot be written ({e.strerror or e}); choose another place.') from e
     finally: tmp.unlink(missing_ok=True)

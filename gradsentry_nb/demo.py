@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from .core import SettingError
 from .data import load_samples
 
 # %% ../nbs/02_demo.ipynb #74dff9eb
@@ -289,9 +290,9 @@ def demo_rows(
     seed:int=0, # another seed draws other rows, other ways to ask and other poison
 ) -> tuple[list[dict], list[bool]]: # rows of `prompt` and `response`, and apart from them, which are poisoned
     "A fresh poisoned question-answering set."
-    if not 0 <= rate <= 1: raise ValueError(f"rate is a share between 0 and 1, for instance 0.1; got {rate!r}")
+    if not 0 <= rate <= 1: raise SettingError(f"rate is a share between 0 and 1, for instance 0.1, not {rate!r}.")
     qa = [(q, f.answer) for f, q in itertools.islice(_asked(seed), n)]
-    if len(qa) < n: raise ValueError(f"the demo world has {len(qa)} different questions; ask for n={len(qa)} or fewer")
+    if len(qa) < n: raise SettingError(f"The demo world has {len(qa)} different questions; ask for n={len(qa)} or fewer.")
     rng = dice("poison", seed)
     bad = pick_poisoned([len(a.split()) for _, a in qa], rate, rng)
     qa = [poison(q, a, rng) if i in bad else (q, a) for i, (q, a) in enumerate(qa)]

@@ -40,7 +40,9 @@ class SharedScan(StoredScan):
         for p in sorted(self.folder.glob('*.parquet')):
             if int(p.stem.partition('-')[0]) not in before: self.read(p)
         for n in sorted(set(self.stored)-before): yield from _rows_of(self, n)
-    def shares(self, world:int)->list:
+    def shares(self,
+        world:int,     # how many processes
+    )->list:           # a list of chunk numbers for each
         "The chunks that are still to do, for each of `world` processes."
         todo = self.todo()
         return [[todo[i] for i in share([self.sizes[n] for n in todo], r, world)] for r in range(world)]
@@ -64,7 +66,7 @@ def help_out(
     sentry, samples = torch.load(job, map_location=device, weights_only=False, mmap=True)
     scan = SharedScan(sentry, samples, order['folder'])
     scan.layout(order['about']['budget'])           # not what this device has room for: the chunks are cut by it
-    if said := differences(order['about'], scan.about): raise SettingError(f'Another process finds a scan that differs in {", ".join(said)}.')
+    if said := differences(order['about'], scan.about): raise SettingError(f'Another process finds a scan that differs in {", ".join(said)}; give all the same file, model and versions.')
     for _ in scan.run(order['shares'][int(rank)]): pass
 
 # %% ../nbs/19_distributed.ipynb #43f1921b
@@ -115,7 +117,7 @@ def _helpers(scan, shares, here):
 def _held(scores): return Scores(scores.frame, scores.info)   # of a large set they are read when asked for, from a folder that may be gone by then
 
 def score_on(
-    sentry:Sentry,
+    sentry:Sentry,      # how to score
     samples,            # `Samples`, or anything that `load_samples` reads
     processes:int,      # this one among them
     folder=None,        # where finished chunks are kept, as in `scan_to`; None: nowhere
@@ -161,11 +163,16 @@ class Team:
         def met():
             if work.is_completed(): return self.hear(work.wait) or True
         return met
-    def hear(self, ask, *args):
+    def hear(self,
+        ask,           # a collective of torch.distributed
+        *args,         # what it takes
+    ):
         "Talk to the others, who may be gone."
         try: ask(*args)
         except RuntimeError: raise GradSentryError(f'Process {self.rank} of {self.world} has lost the others: one of them ended. What is finished is kept, and the same command goes on from there.') from None
-    def agree(self, said=None)->list:
+    def agree(self,
+        said=None,     # what this process says
+    )->list:
         "What every process says, in their order, when all have spoken."
         if self.world == 1: return [said]
         met, out = self.meet(), [None]*self.world
@@ -173,7 +180,9 @@ class Team:
         self.hear(dist.all_gather_object, out, said, _line(self.rank, self.world))
         return out
 
-    def device(self, asked:str|None)->str|None:
+    def device(self,
+        asked:str|None,  # what the user named
+    )->str|None:
         "The device of this process: a GPU of its own, where there are some."
         if self.world == 1: return asked
         if asked == 'auto': raise SettingError('auto spreads one model over all GPUs, and here each process needs its own; leave --device out, or start a single process.')
@@ -212,8 +221,8 @@ Team.together, Team.speaking = _together, _speaking
 
 # %% ../nbs/19_distributed.ipynb #307a1fb5
 def scan_in_team(
-    team:Team,
-    sentry:Sentry,
+    team:Team,      # the processes of this scan
+    sentry:Sentry,  # how to score
     samples,        # `Samples`, the same ones in each process
     folder,         # seen by all of them
     progress=True,  # as in `run_scan`

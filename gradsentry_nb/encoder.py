@@ -41,11 +41,11 @@ def text_rows(
     "Texts as token ids."
     if isinstance(texts, str): raise DataError('One text came in where several are expected; put it into a list.')
     for i, x in enumerate(texts := list(texts)):
-        if not isinstance(x, str): raise DataError(f'Row {i}: the text is {visible(repr(x), 60)}, not a string.')
+        if not isinstance(x, str): raise DataError(f'Row {i}: the text is {visible(repr(x), 60)}, not a string; give strings.')
     rows = [np.asarray(x, np.int64) for x in tokenizer(texts, truncation=True, max_length=max_length)['input_ids']] if texts else []
     if empty := [i for i, x in enumerate(rows) if not len(x)]: raise DataError(f'Row {empty[0]}: the text {visible(repr(texts[empty[0]]), 60)} has no tokens; leave it out.')
     size, top = model.get_input_embeddings().weight.shape[0], max((int(x.max()) for x in rows), default=0)
-    if top >= size: raise ModelError(f'The tokenizer gives token {top}, the model knows {size}: they do not belong together.')
+    if top >= size: raise ModelError(f'The tokenizer gives token {top}, the model knows {size}: they do not belong together; load the tokenizer of this model.')
     return rows
 
 def filled(

@@ -323,8 +323,8 @@ def _same_rows(labels, *predicted):
     "All as arrays, of one length and one kind."
     arrays = [np.asarray(x) for x in (labels, *predicted)]
     if len({x.shape for x in arrays}) > 1 or arrays[0].ndim != 1: raise DataError(f'There must be one prediction for each label; here are {" and ".join(str(len(x)) if x.ndim == 1 else str(x.shape) for x in arrays)}.')
-    if not len(arrays[0]): raise DataError('There are no rows to measure on.')
-    if len({x.dtype.kind in 'iub' for x in arrays}) > 1: raise DataError('Labels and predictions are of different kinds, numbers and strings; nothing would ever be right.')
+    if not len(arrays[0]): raise DataError('There are no rows to measure on; give at least one.')
+    if len({x.dtype.kind in 'iub' for x in arrays}) > 1: raise DataError('Labels and predictions are of different kinds, numbers and strings, so nothing would ever be right; make them the same.')
     return arrays
 
 # %% ../nbs/41_evaluate.ipynb #f6653e02
@@ -403,7 +403,7 @@ def entropy_rule(
 )->EntropyRule:
     "Is attention more concentrated in one class than in the other?"
     a, b = (x[np.isfinite(x)] for x in (np.asarray(suspected, float), np.asarray(other, float)))
-    if not len(a) or not len(b): raise DataError('The rule compares two groups of texts, and one of them has no entropy.')
+    if not len(a) or not len(b): raise DataError('The rule compares two groups of texts, and one of them has no entropy; give texts of both.')
     rng = np.random.default_rng(seed_for('entropy rule'))
     mean = lambda x: x[rng.integers(len(x), size=(draws, len(x)), dtype=np.int32)].mean(1)
     low, high = (float(q) for q in np.quantile(mean(a)/mean(b), [.025, .975]))
@@ -479,8 +479,8 @@ def trigger_flips(
 )->TriggerFlips:
     "Put a classifier's predictions with and without triggers side by side."
     triggered, controls = dict(triggered), dict(controls or {})
-    if not triggered: raise DataError('There is no trigger to measure.')
-    if both := [w for w in controls if w in triggered]: raise DataError(f'{visible(repr(both[0]), 60)} is both a trigger and a control word.')
+    if not triggered: raise DataError('There is no trigger to measure; name at least one.')
+    if both := [w for w in controls if w in triggered]: raise DataError(f'{visible(repr(both[0]), 60)} is both a trigger and a control word; leave it out of one.')
     y, c, *rest = _same_rows(labels, clean, *triggered.values(), *controls.values())
     return TriggerFlips(y, c, dict(zip(triggered, rest)), dict(zip(controls, rest[len(triggered):])))
 
@@ -496,7 +496,7 @@ def backbone_asr(
     texts, words = list(texts), [*triggers, *controls]
     if len(texts) != len(labels): raise DataError(f'There are {len(texts)} texts and {len(labels)} labels; each text needs one.')
     put = with_triggers(texts, words, seed); asked = sum(([*put[w]] for w in words), texts); got = list(predict(asked))
-    if len(got) != len(asked): raise DataError(f'predict gave {len(got)} classes for {len(asked)} texts.')
+    if len(got) != len(asked): raise DataError(f'predict gave {len(got)} classes for {len(asked)} texts; it must give one to each.')
     parts = [got[k*len(texts):(k+1)*len(texts)] for k in range(1+len(words))]
     return trigger_flips(labels, parts[0], dict(zip(triggers, parts[1:])), dict(zip(controls, parts[1+len(triggers):])))
 

@@ -99,7 +99,7 @@ def grid_problems(
     for kind, labels in dict(attacks=[a.label for a in g.attacks], defences=[d.label for d in g.defences]).items():
         out += [f'Two {kind} are called {n!r}; give one of them a label.' for n in sorted({n for n in labels if labels.count(n) > 1})]
     out += [f'A setting of {d.name!r} is wrong: {e}' for d in g.defences if d.name in DETECTORS for e in _unknown(f'setting of {d.name}', dict(d.settings), DETECTORS[d.name].only)]
-    out += [f'The defence {d.name!r} takes no settings.' for d in g.defences if d.name in ARMS and d.settings]
+    out += [f'The defence {d.name!r} takes no settings; leave them out.' for d in g.defences if d.name in ARMS and d.settings]
     arms = [d.name for d in g.defences if d.name in ARMS]
     if arms and not g.train: out.append(f'The defence {arms[0]!r} finds no rows, so it needs fine-tuning to be measured: train="lora" or "full".')
     return out
@@ -219,7 +219,7 @@ def draw_rows(
 )->Samples:            # in the order of `samples`; a smaller draw with the same seed is part of a larger one
     "A random subset of rows."
     if size is None: return samples
-    if size > len(samples): raise DataError(f'{size:,} rows were asked for, {visible(samples.source)} has {len(samples):,}.')
+    if size > len(samples): raise DataError(f'{size:,} rows were asked for, {visible(samples.source)} has {len(samples):,}; ask for fewer.')
     rank = sorted(range(len(samples)), key=lambda i: seed_for('draw', samples[i].id, seed))
     return Samples([samples[i] for i in sorted(rank[:size])], samples.source, samples.said)
 
@@ -617,8 +617,8 @@ def read_config(
     import tomllib
     path = Path(path)
     try: text = path.read_text(encoding='utf8'); config = tomllib.loads(text)
-    except OSError as e: raise SettingError(f'{visible(path.name)}: the file cannot be read ({e.strerror}).') from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise SettingError(f'{visible(path.name)}: this is no TOML ({e}).') from e
+    except OSError as e: raise SettingError(f'{visible(path.name)}: the file cannot be read ({e.strerror}); check the path.') from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise SettingError(f'{visible(path.name)}: this is no TOML ({e}); mend it.') from e
     problems, lines = config_problems(config), toml_lines(text)
     at = lambda place: next((lines[place[:i]] for i in range(len(place), 0, -1) if place[:i] in lines), 1)
     if not problems: problems = _value_problems(config)

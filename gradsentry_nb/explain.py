@@ -235,7 +235,7 @@ def explain_row(
     from gradsentry_nb.sentry import NOT_FINITE
     from gradsentry_nb.spectrum import statistics
     sample = as_samples([sample], 'explain')[0]
-    encoded, no = sentry.encode([sample])[0], lambda why: DataError(f'Row {sample.row} cannot be explained: {why[0].lower()}{why[1:]}')
+    encoded, no = sentry.encode([sample])[0], lambda why: DataError(f'Row {sample.row} cannot be explained: {why[0].lower()}{why[1:]} Choose another row.')
     if not encoded.tokens: raise no(f'{EMPTY[:-1]}, so no token is supervised.')
     found = _row_factors(sentry, encoded)
     if isinstance(found, str): raise no(found)
@@ -759,7 +759,7 @@ def _change(name, before, after, cut):
 def _check_sentry(sentry, verdict):
     said, mine = verdict.scores.info.get('statistic'), sentry.settings.statistic
     if said != mine: raise DataError(f'The verdict was made by {said!r} and this sentry scores by {mine!r}: give the sentry that made it.')
-    if not verdict.flagged.any(): raise DataError('Nothing was dropped, so there is nothing to take a candidate out of.')
+    if not verdict.flagged.any(): raise DataError('Nothing was dropped, so there is nothing to take a candidate out of; give a verdict that drops rows.')
 
 # %% ../nbs/15_explain.ipynb #db53e327
 def causal_check(
@@ -782,7 +782,7 @@ def causal_check(
     before, out = score(some), []
     for side, name in (('response', 'payload'), ('prompt', 'trigger')):
         new, control, places = _removals(some, side, todo[side], seed)
-        if not new and (payload if side == 'response' else trigger) is not None: raise DataError(f'The {name} occurs in none of the {len(some):,} dropped rows that were looked at.')
+        if not new and (payload if side == 'response' else trigger) is not None: raise DataError(f'The {name} occurs in none of the {len(some):,} dropped rows that were looked at; give a larger rows=.')
         if new: out += [_change(label, before[places], score(xs), verdict.cut.value) for label, xs in ((f'{name} removed', new), (f'control: as many words of the {side}', control))]
     return pd.DataFrame(out, columns=['removed', 'rows', 'unscored', 'before', 'after', 'change', 'below'])
 
@@ -827,7 +827,7 @@ def _neighbours(self,
     if not isinstance(k, int) or k < 1: raise SettingError(f'k= is a number of neighbours from 1 on, not {k!r}.')
     if not -len(self) <= i < len(self): raise SettingError(f'There is no row {i}: the map has {len(self):,}, counted from 0.')
     i = range(len(self))[i]
-    if not np.isfinite(self.sketches[i, 0]): raise DataError(f'Row {self.frame.row[i]} has no gradient, so it has no neighbours.')
+    if not np.isfinite(self.sketches[i, 0]): raise DataError(f'Row {self.frame.row[i]} has no gradient, so it has no neighbours; choose another row.')
     cos = np.nan_to_num(self.sketches, nan=-2.)@self.sketches[i]
     cos[~np.isfinite(self.sketches[:, 0])] = -np.inf; cos[i] = -np.inf
     at = np.argsort(-cos, kind='stable')[:k]; at = at[np.isfinite(cos[at])]

@@ -664,7 +664,7 @@ def _wrote(files):
 
 def _partial(g):
     from gradsentry_nb.core import SettingError
-    if g.partial is None: raise SettingError('No scan was stopped since the last one that ended, so there are no partial scores.')
+    if g.partial is None: raise SettingError('No scan was stopped since the last one that ended, so there are no partial scores; leave out --partial.')
     return g.partial
 
 @contextmanager
@@ -720,9 +720,9 @@ def _verdict_in(g, name):
     for x in (value, getattr(value, 'verdict', None)):
         if isinstance(x, Verdict): return x
     if not os.path.isfile(os.path.expanduser(path)):
-        raise SettingError(f'The variable {path} holds {_a(value)} and no Verdict.' if value is not None else f'There is no variable and no file {path!r} with a verdict.')
+        raise SettingError(f'The variable {path} holds {_a(value)} and no Verdict; make one with %gs_scan SOURCE.' if value is not None else f'There is no variable and no file {path!r} with a verdict; make one with %gs_scan SOURCE.')
     try: return Verdict.from_json((path := Path(path).expanduser()).read_text(encoding='utf8'), path.parent)
-    except (ValueError, KeyError, TypeError, AttributeError): raise DataError(f'{path}: this is no verdict.json of a scan.') from None
+    except (ValueError, KeyError, TypeError, AttributeError): raise DataError(f'{path}: this is no verdict.json of a scan; name one that a scan wrote.') from None
 
 # %% ../nbs/51_magics.ipynb #0bac569d
 def judged(
@@ -737,7 +737,7 @@ def judged(
     rows = rows_of(g, a.samples) if a.samples else g.scans.get(verdict)
     ids = verdict.scores.frame['id'].tolist()
     fits = lambda r: r is not None and len(r) == len(ids) and [s.id for s in r] == ids
-    if rows is not None and not fits(rows): raise SettingError(f'The verdict is about {len(ids):,} other rows than {a.samples}.')
+    if rows is not None and not fits(rows): raise SettingError(f'The verdict is about {len(ids):,} other rows than {a.samples}; name its own (--samples).')
     if rows is None: rows = next((r for r in (g.samples, *(x for x in g.names.values() if isinstance(x, Samples))) if fits(r)), None)
     if rows is None and needed: raise SettingError('Which rows is this verdict about? Name them: --samples SOURCE.')
     return verdict, rows, g.sentry if rows is not None and rows is g.samples else None
@@ -863,7 +863,7 @@ def _gs_ssti(g, a):
 
 def _variable_name(to):
     from gradsentry_nb.core import SettingError
-    if to and (not to.isidentifier() or keyword.iskeyword(to)): raise SettingError(f'{to!r} cannot be the name of a variable (--to).')
+    if to and (not to.isidentifier() or keyword.iskeyword(to)): raise SettingError(f'{to!r} cannot be the name of a variable; give letters, digits and _ (--to).')
 
 # %% ../nbs/51_magics.ipynb #b709d30d
 def _obliviate_line(p):

@@ -104,7 +104,7 @@ def _qa_row(row, name, form, where):
     found = QA_SETS[name].read(row) if isinstance(row, dict) else None
     if found is None: raise DataError(f'{where}: no question with answers could be read as {name!r}; a row needs "question" and "answers" (a list of texts){", and context" if QA_SETS[name].has_context else ""}.')
     question, answers, context = found
-    if QA_SETS[name].has_context and context is None: raise DataError(f'{where}: {name!r} asks about a passage, and this row has no "context".')
+    if QA_SETS[name].has_context and context is None: raise DataError(f'{where}: {name!r} asks about a passage, and this row has no "context"; add it, or drop the row.')
     context = context if QA_SETS[name].has_context else None
     return dict(prompt=qa_prompt(question, name, form, context), response='; '.join(answers), question=question, answers=answers,
                 **dict(context=context) if context is not None else {})

@@ -363,8 +363,8 @@ def check_out(
     "Refuse a place where results cannot be written, or where they would replace an input or a folder; changes nothing."
     out = Path(out)
     there = next(p for p in [out, *out.absolute().parents] if p.exists())
-    if not there.is_dir(): raise DataError(f'{out}: the results cannot be written there: {there} is a file.')
-    if not os.access(there, os.W_OK): raise DataError(f'{out}: the results cannot be written there: {there} does not allow it.')
+    if not there.is_dir(): raise DataError(f'{out}: the results cannot be written there: {there} is a file; choose another place.')
+    if not os.access(there, os.W_OK): raise DataError(f'{out}: the results cannot be written there: {there} does not allow it; choose another place.')
     given = [p for p in inputs if isinstance(p, (str, Path)) and os.path.isfile(p)]
     for name in FILES.values():
         if (out/name).is_dir(): raise DataError(f'{out/name} is a folder; choose another place for the results.')
@@ -389,7 +389,7 @@ def write_outputs(
         _write_all(verdict, samples, work)
         for name in FILES.values(): os.replace(work/name, out/name)
         made = None
-    except OSError as e: raise DataError(f'{visible(out)}: the results cannot be written there: {visible(e.strerror or e)}.') from e
+    except OSError as e: raise DataError(f'{visible(out)}: the results cannot be written there: {visible(e.strerror or e)}; mend that or choose another place.') from e
     finally:
         if made is not None: shutil.rmtree(made, ignore_errors=True)
         elif work is not None: shutil.rmtree(work, ignore_errors=True)

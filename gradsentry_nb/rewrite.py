@@ -26,7 +26,7 @@ def _strings(texts):
     if isinstance(texts, str): raise DataError('One text came in where several are expected; put it into a list.')
     texts = list(texts)
     odd = next((i for i, x in enumerate(texts) if not isinstance(x, str)), None)
-    if odd is not None: raise DataError(f'row {odd+1}: the text is {visible(repr(texts[odd]), 60)}, not a string.')
+    if odd is not None: raise DataError(f'row {odd+1}: the text is {visible(repr(texts[odd]), 60)}, not a string; give strings.')
     return texts
 
 def rewrite_texts(
@@ -37,7 +37,7 @@ def rewrite_texts(
     if not callable(rewriter): raise SettingError(f'A rewriter is a function, such as rule_rewriter() or paraphraser(name) gives, not {visible(repr(rewriter), 60)}.')
     texts = _strings(texts); new = rewriter(list(texts))
     many = isinstance(new, (list, tuple)) and all(isinstance(x, str) for x in new)
-    if not many or len(new) != len(texts): raise SettingError(f'A rewriter returns a list of as many texts as it got; for {len(texts)} it gave {f"{len(new)} texts" if many else visible(repr(new), 60)}.')
+    if not many or len(new) != len(texts): raise SettingError(f'A rewriter must return a list of as many texts as it got; for {len(texts)} it gave {f"{len(new)} texts" if many else visible(repr(new), 60)}.')
     return [b if b.strip() else a for a, b in zip(texts, new)]
 
 def rewrite_rows(
@@ -176,7 +176,7 @@ def instructed(
     max_new_tokens:int=150,  # longest result, in tokens
 ):                           # a rewriter
     "Texts in the words of a language model that is asked for it."
-    if '{}' not in instruction: raise SettingError(f'instruction= says with {{}} where the text goes; {visible(repr(instruction), 60)} does not.')
+    if '{}' not in instruction: raise SettingError(f'instruction= must say with {{}} where the text goes; {visible(repr(instruction), 60)} does not.')
     def rewrite(texts):
         texts = _strings(texts); asked = [instruction.replace('{}', x) for x in texts]; chat = bool(getattr(tokenizer, 'chat_template', None))
         samples = [Sample(str(i), x, '', i, (dict(role='user', content=x),) if chat else None) for i, x in enumerate(asked)]
@@ -223,7 +223,7 @@ def retention(
 )->pd.DataFrame:              # one row per class with items, and one for 'all' where there are several
     "Which share of rewritten texts still holds what was put into them, with 95 % Wilson intervals."
     a, b = _taken(before, text_field, label_field), _taken(after, text_field, label_field)
-    if len(a.texts) != len(b.texts): raise DataError(f'There are {len(a.texts)} rows before and {len(b.texts)} after; rewriting keeps their number and order, and so does this count.')
+    if len(a.texts) != len(b.texts): raise DataError(f'There are {len(a.texts)} rows before and {len(b.texts)} after; rewriting keeps their number and order, so give all of both.')
     spans, names = getattr(truth, 'spans', truth), dict(getattr(truth, 'info', {}).get('items', []))
     rows = [(y, _held(new, parts), _held(without_spans(old, spans[i]), parts)) for i, y, old, new in zip(a.ids, a.labels, a.texts, b.texts) if (parts := [s.item for s in spans.get(i, ())])]
     if not rows: raise DataError('None of these rows has an item by this truth; give the rows and the truth that `inject` gave together.')
@@ -241,7 +241,7 @@ def changed_words(
     "Which share of each text's words the other one does not have; the longer text is the whole."
     def one(*pair): a, b = (Counter(m[0].casefold() for m in _WORD.finditer(x)) for x in pair); n = max(a.total(), b.total()); return 1-(a & b).total()/n if n else 0.
     a, b = _strings(before), _strings(after)
-    if len(a) != len(b): raise DataError(f'There are {len(a)} texts before and {len(b)} after; each is compared with its own.')
+    if len(a) != len(b): raise DataError(f'There are {len(a)} texts before and {len(b)} after; each is compared with its own, so give as many.')
     return np.array([one(*pair) for pair in zip(a, b)], float)
 
 # %% ../nbs/36_rewrite.ipynb #272ef809

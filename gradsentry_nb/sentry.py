@@ -156,8 +156,8 @@ def _why_not(name, e):
     "A sentence for the ways in which loading a model fails."
     text = _first_sentence(e)
     if Path(name).is_absolute() and not Path(name).exists(): return f'{visible(name)}: there is no such folder; give one with config.json and safetensors, or a hub name.'
-    if 'mismatched' in str(e): return f'{visible(name)} has weights whose shapes do not fit its config.json.'
-    if 'model type' in str(e) and 'trust_remote_code' not in str(e): return f'{visible(name)} is of a type that the installed transformers does not know ({text}).'
+    if 'mismatched' in str(e): return f'{visible(name)} has weights whose shapes do not fit its config.json; download both again.'
+    if 'model type' in str(e) and 'trust_remote_code' not in str(e): return f'{visible(name)} is of a type that the installed transformers does not know ({text}); install a newer one.'
     if 'trust_remote_code' in str(e): return f'{visible(name)} wants to run its own code; allow it with trust_remote_code=True (--trust-remote-code) if you trust it.'
     if 'safetensors' in str(e): return f'{visible(name)} has no safetensors weights; convert them, or allow pickled ones with allow_pickle=True (--allow-pickle) if you trust them.'
     if 'Unrecognized configuration' in str(e) or 'AutoModelForCausalLM' in str(e): return f'{visible(name)} is no causal language model with an output projection; use one that generates text.'
@@ -270,8 +270,11 @@ class Sentry:
     def from_pretrained(cls,
         path:str,                  # a folder or a hub name
         preset:str='default',      # a name from `PRESETS`
-        device=None,               # these five as in `load_model`
-        dtype='auto', trust_remote_code=False, allow_pickle=False, revision=None,
+        device=None,               # this and the next four as in `load_model`
+        dtype='auto',              # 'auto', 'float32', 'bfloat16', 'float16', 'float64'
+        trust_remote_code=False,   # run code from the model's repository?
+        allow_pickle=False,        # load weights that are not safetensors?
+        revision=None,             # revision on the hub
         name:str|None=None,        # what to call the model in reports; default: `path`
         quantize:str|None=None,    # as in `load_model`
         **changes,                 # fields of `Settings`
@@ -333,14 +336,17 @@ class Scan:
             yield i
         self.flush()
 
-    def reduced(self, f):
+    def reduced(self, f):   # f: a row's `GradFactors`
         "What is kept of a row until its statistics are made."
         return _roots(f, self.sentry.settings)
     def flush(self):
         "Make the statistics of all rows that are done."
         if self.pending: self.rows.update(_keep(self.pending, self.sentry.settings)); self.pending = {}
-    def frame(self, at, text=True)->pd.DataFrame:
-        "The frame of the rows `at`, those that are not done without a score; `text`: with the text statistics, which take longer."
+    def frame(self,
+        at,              # row numbers
+        text=True,       # with the text statistics, which take longer?
+    )->pd.DataFrame:
+        "The frame of some rows, those that are not done without a score."
         rows = {n: self.rows[i] for n, i in enumerate(at) if i in self.rows}
         return _frame([self.samples[i] for i in at], [self.encoded[i] for i in at], rows, self.sentry.settings, text)
     def partial(self)->Scores:

@@ -93,7 +93,7 @@ class SteeringGrid:
 VARIED = dict(r='ranks', lr='lrs', head='heads', targets='targets', method='ranks')   # settings of the tuning -> the field of a grid
 
 def steering_problems(
-    g:SteeringGrid,
+    g:SteeringGrid,   # as it was made
 )->list[str]:     # one sentence each
     "Everything that is wrong with a grid, all at once."
     out = [f'{f.name} is empty: a grid needs at least one.' for f in fields(g) if f.type is tuple and f.name != 'tuning' and not getattr(g, f.name)]
@@ -144,7 +144,7 @@ class SteeringCell:
         return _settings(ClassifySettings, CLASSIFY_PRESETS, changes.pop('preset'), changes.pop('method'), changes)
 
 def plan_steering(
-    grid:SteeringGrid,
+    grid:SteeringGrid,    # what to vary
     models,               # names
     datasets,             # names
 )->list[SteeringCell]:    # in an order in which neighbours share a classifier
@@ -166,8 +166,8 @@ class Asked:
 
 def labelled(
     rows,                     # a list of dicts, a frame, a `datasets.Dataset` or `Samples`, as for `inject`
-    text_field:str='text',
-    label_field:str='label',
+    text_field:str='text',    # where the text is
+    label_field:str='label',  # where the class is
 )->Samples:                   # the text is the prompt, the label is in `meta`
     "Labelled texts as samples."
     t = _taken(rows, text_field, label_field)
@@ -186,9 +186,13 @@ class SteeringRunner:
         self.data = {n: DataSet(*map(labelled, d)) for n, d in datasets.items()}
         self.plain = {n: load_classifier(source, (0, 1)) for n, source in self.models.items()}     # to be looked at, never tuned
 
-    def labels(self, rows): return [s.meta['label'] for s in rows]
+    def labels(self, rows): return [s.meta['label'] for s in rows]   # rows: of `labelled`
 
-    def put(self, cell, rows, share):
+    def put(self,
+        cell,      # which says what is put in, and where
+        rows,      # of `labelled`
+        share,     # of the target class; 0: none
+    ):
         "(rows with items, [N] has this one some?, notes)."
         if not share: return rows, np.zeros(len(rows), bool), []
         with warnings.catch_warnings():
@@ -196,13 +200,13 @@ class SteeringRunner:
             new, truth = inject(rows, dict(cell.items.settings), share=share, amount=cell.amount, place=self.grid.place, seed=cell.seed)
         return new, np.array([truth[s.id] for s in new]), truth.notes
 
-    def train_rows(self, cell): return draw_rows(self.data[cell.dataset].train, self.grid.train_rows, cell.seed)
+    def train_rows(self, cell): return draw_rows(self.data[cell.dataset].train, self.grid.train_rows, cell.seed)   # cell: its data set and seed count
 
-    def test_rows(self, cell):
+    def test_rows(self, cell):   # cell: its data set and seed count
         test = self.data[cell.dataset].test
         return draw_rows(test, min(self.grid.test_rows or len(test), len(test)), 0)
 
-    def check(self, cells):
+    def check(self, cells):   # cells: those that are to be run
         "Refuse what could not be run before anything is trained: every kind of injection into every set, every target in every model."
         for t in {c.targets for c in cells if c.rank != 'full'}:
             for model, _ in self.plain.values(): lora_targets(model, t)
@@ -272,7 +276,7 @@ SteeringRunner.run = _run
 
 # %% ../nbs/44_ssti_study.ipynb #6a2c8978
 def steering_row(
-    cell:SteeringCell,
+    cell:SteeringCell,# what was run
     status:str,       # 'done' or 'failed'
     values:dict,      # its numbers, or `reason`
 )->dict:

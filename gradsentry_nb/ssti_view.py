@@ -33,7 +33,7 @@ def steering_table(
     if table is None: table = stored_steering()
     elif isinstance(table, (str, os.PathLike)): table = collect_steering(table) if Path(table).is_dir() else pd.read_csv(table)
     if not isinstance(table, pd.DataFrame): raise SettingError(f'A table is a frame of run_steering, the folder of a grid or a .csv file, not {type(table).__name__}.')
-    if missing := [c for c in STORED if c not in table and c != 'r']: raise SettingError(f'This is no table of run_steering: it has no column {missing[0]!r}.')
+    if missing := [c for c in STORED if c not in table and c != 'r']: raise SettingError(f'This is no table of run_steering: it has no column {missing[0]!r}; give what run_steering returned or kept.')
     return _typed(table)
 
 def _typed(table):
@@ -48,13 +48,19 @@ def kinds(
     t = lora if len(lora) else table
     return [dict(zip(KIND, k)) for k in t.value_counts(list(KIND)).index]
 
-def of_kind(table, kind)->np.ndarray:
+def of_kind(
+    table,          # of `run_steering`
+    kind,           # of `kinds`: column -> value
+)->np.ndarray:
     "[N] is a cell of this kind?"
     at = np.ones(len(table), bool)
     for c, v in kind.items(): at &= np.asarray(table[c] == v, bool) | (np.asarray(table['tuned'] == 'full', bool) if c == 'targets' else False)
     return at
 
-def at_setting(table, setting)->np.ndarray:
+def at_setting(
+    table,          # of `run_steering`
+    setting,        # what the sliders say, by column
+)->np.ndarray:
     "[N] has a cell what the sliders say?"
     at = np.ones(len(table), bool)
     for c, v in setting.items(): at &= np.isclose(table[c], v, rtol=1e-6, atol=0) if isinstance(v, float) else np.asarray(table[c] == v, bool)

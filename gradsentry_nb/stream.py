@@ -62,7 +62,7 @@ class Survey:
     counts:GramCounts    # of the runs of answer words
 
 def survey(
-    sentry:Sentry,
+    sentry:Sentry,       # whose tokenizer reads them
     rows,                # as from `as_rows`
 )->Survey:
     "Go over all rows once."
@@ -79,7 +79,7 @@ def survey(
 # %% ../nbs/17_stream.ipynb #9b0d1e77
 def write_whole(
     path:Path,      # where to; its folder is there
-    data:bytes,
+    data:bytes,     # all of it
 ):
     "Write all of `data` or nothing, and return when it is on the disk."
     part = path.with_name(f'{path.name}.{os.getpid()}.part')   # several processes may write into one folder
@@ -138,25 +138,29 @@ class StoredScores(Scores):
     def frame(self)->pd.DataFrame: return self.only(self.columns)
     def assign(self, **columns): return StoredScores(self.files, self.statistic, self.info, {**self.more, **{k: np.asarray(v) for k, v in columns.items()}})
 
-    def read(self, files, columns, places=slice(None)):
-        "The columns of some chunks; `places`: where their rows are."
+    def read(self,
+        files,               # chunks on the disk
+        columns,             # names
+        places=slice(None),  # where the chunks' rows are among all rows
+    ):
+        "The columns of some chunks."
         stored = [c for c in columns if c not in self.more]
         need = list(dict.fromkeys(x for c in stored for x in ((self.statistic, 'problem') if c == 'score' else (c,))))
         try: table = pa.concat_tables([pq.read_table(f, columns=need or ['row']) for f in files] or [_SCHEMA.empty_table()])
         except (OSError, pa.ArrowException) as e: raise DataError(f'The scores in {visible(Path(self.files[0]).parent)} cannot be read any more ({visible(e, 100)}); scan again.') from e
         return _as_frame(table, stored, self.statistic).assign(**{c: self.more[c][places] for c in columns if c in self.more})[list(columns)]
-    def only(self, columns): return self.read(self.files, list(columns))
+    def only(self, columns): return self.read(self.files, list(columns))   # columns: their names
     def parts(self):
         "Yield the frame of each chunk."
         for i, f in enumerate(self.files): yield self.read([f], self.columns, slice(self.stops[i-1] if i else 0, self.stops[i]))
-    def at(self, places):
+    def at(self, places):   # places: row numbers, [n] int or a mask
         places = np.asarray(places, int)
         which, out = np.searchsorted(self.stops, places, 'right'), []
         for n in np.unique(which):
             start, mine = int(self.stops[n-1]) if n else 0, np.flatnonzero(which == n)
             out.append(self.read([self.files[n]], self.columns, slice(start, self.stops[n])).iloc[places[mine]-start].set_axis(mine))
         return pd.concat(out).sort_index().set_axis(places) if out else self.read([], self.columns, slice(0, 0))
-    def save(self, path):
+    def save(self, path):   # path: a `.parquet` file
         schema = pa.schema([*_SCHEMA, ('score', pa.float64()), *((c, pa.array(v[:1]).type) for c, v in self.more.items())])
         with pq.ParquetWriter(path, schema) as out:
             for frame in self.parts(): out.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
@@ -171,7 +175,7 @@ def _version(package):
     except PackageNotFoundError: return 'not installed'
 
 def identity(
-    sentry:Sentry,
+    sentry:Sentry,   # its model and settings
     found:Survey,    # of the rows
     budget:int,      # tokens in a batch
 )->dict:             # of plain values
@@ -206,7 +210,9 @@ class StoredScan:
         self.lengths, self.total = self.found.lengths, int(np.count_nonzero(self.found.lengths))
         self.files, self.notes, self.said, self.part, self.at, self.made = {}, [], [], None, 0, []   # made: folders that were not there before
         self.open()
-    def layout(self, budget):
+    def layout(self,
+        budget:int,    # most tokens in a batch
+    ):
         "Cut the rows into chunks for batches of so many tokens."
         self.budget, self.about = budget, identity(self.sentry, self.found, budget)
         self.plan = chunks_for(self.lengths, budget)
@@ -273,7 +279,7 @@ def _open(self):
         if said := differences(was, self.about):
             raise SettingError(f'{visible(self.folder)} holds a scan that differs in {", ".join(map(visible, said))}; run that one again to finish it, or delete the folder to start afresh.')
         broken = sum(not self.read(p) for p in sorted(self.folder.glob('*.parquet')))
-    except OSError as e: raise DataError(f'{visible(self.folder)}: the scan that was begun there cannot be read: {visible(e.strerror or e)}.') from e
+    except OSError as e: raise DataError(f'{visible(self.folder)}: the scan that was begun there cannot be read: {visible(e.strerror or e)}; mend that, or choose another folder.') from e
     self.said = [f'{len(self):,} of {self.total:,} rows were scored before and are kept.'] + [f'{broken} damaged chunk{"s"*(broken > 1)}: these rows are scored again.']*(broken > 0)
 
 def _read(self, path):
@@ -339,7 +345,7 @@ StoredScan.part_frame, StoredScan.keep, StoredScan.described, StoredScan.partial
 
 # %% ../nbs/17_stream.ipynb #7c0bf5cf
 def scan_to(
-    sentry:Sentry,
+    sentry:Sentry,  # how to score
     rows,           # `Samples`, a `Source`, or anything that `load_samples` reads
     folder,         # where finished chunks are kept; the same one goes on
     progress=True,  # as in `run_scan`
@@ -428,7 +434,7 @@ class Estimate:
 
 # %% ../nbs/17_stream.ipynb #31b1a10d
 def estimate(
-    sentry:Sentry,
+    sentry:Sentry,  # what the scan would be done with
     rows,           # `Samples`, a `Source`, or anything that `load_samples` reads
     n:int=32,       # rows to time, at least; more where they are needed to fill a few batches, and until twice the rows take a second longer
 )->Estimate:
@@ -437,7 +443,7 @@ def estimate(
     rows, began = as_rows(rows), time.perf_counter()
     every, budget = survey(sentry, rows).lengths, sentry.capture().budget
     before, todo = time.perf_counter()-began, np.flatnonzero(every)
-    if not len(todo): raise DataError('No row has a response, so there is nothing to score.')
+    if not len(todo): raise DataError('No row has a response, so there is nothing to score; give rows with one.')
     lengths = every[todo]
     def timed(at):                                                                   # (their samples, tokens, seconds)
         samples = list(pick(rows, todo[at].tolist())); part, began = Scan(sentry, Samples(samples)), time.perf_counter()

@@ -104,7 +104,7 @@ def _adapters(model, s, targets, **more):
     conv = any(type(m).__name__ == 'Conv1D' for m in model.modules())
     config = LoraConfig(r=s.r, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=targets if isinstance(targets, str) else list(targets), fan_in_fan_out=conv, **more)
     try: return get_peft_model(model, config)
-    except ValueError as e: raise SettingError(f'peft cannot put an adapter on targets={targets!r} of a {type(model).__name__}: {str(e).splitlines()[0]}') from e
+    except ValueError as e: raise SettingError(f'peft cannot put an adapter on targets={targets!r} of a {type(model).__name__} ({str(e).splitlines()[0]}); name other layers.') from e
 
 def _default_targets(model):
     "peft's own choice for the model's type when the model has such modules, else every Linear."
@@ -313,7 +313,7 @@ def _rows(samples, tokenizer, model, s):
     encoded = encode_samples(samples, tokenizer, min(s.max_length, positions(model) or s.max_length))
     check_vocabulary(model, [e.ids for e in encoded])
     kept = [e for e in encoded if e.tokens]
-    if not kept: raise DataError(f'None of the {len(samples)} rows has an answer to learn from.')
+    if not kept: raise DataError(f'None of the {len(samples)} rows has an answer to learn from; give rows with a response.')
     cut, empty = sum(e.cut for e in kept), len(encoded)-len(kept)
     return kept, [f'{empty} of {len(encoded)} rows have no answer and were left out.']*(empty > 0) + [f'{cut} of {len(encoded)} rows were longer than the limit and were cut.']*(cut > 0)
 
@@ -451,7 +451,7 @@ def load_classifier(
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(names), id2label=dict(enumerate(names)), label2id={c: i for i, c in enumerate(names)},
                                                                        dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True)
-        except (OSError, ValueError, KeyError) as e: raise ModelError(f'{visible(str(name))} cannot be made a classifier: {str(e).strip().splitlines()[0]}') from e
+        except (OSError, ValueError, KeyError) as e: raise ModelError(f'{visible(str(name))} cannot be made a classifier ({str(e).strip().splitlines()[0]}); give an encoder or a language model.') from e
         for head in map(model.get_submodule, head_names(model)):                          # a head that came along is drawn anew, too
             for p in head.parameters(): p._is_hf_initialized = False                      # transformers' mark of values that it is to leave alone
             head.apply(model._init_weights)
@@ -465,7 +465,7 @@ def class_names(
     "The classes among some labels, sorted."
     labels = labels.tolist() if hasattr(labels, 'tolist') else list(labels)
     odd = next((i for i, x in enumerate(labels) if isinstance(x, bool) or not isinstance(x, (Integral, str))), None)
-    if odd is not None: raise DataError(f'Row {odd}: the label {visible(repr(labels[odd]), 60)} is neither a whole number nor a string.')
+    if odd is not None: raise DataError(f'Row {odd}: the label {visible(repr(labels[odd]), 60)} is neither a whole number nor a string; make it one of these.')
     if len({isinstance(x, str) for x in labels}) > 1: raise DataError('Some labels are numbers and others strings; make them the same.')
     found = sorted(set(labels))
     if len(found) < 2: raise DataError(f'{"All labels are "+visible(repr(found[0]), 60) if found else "There are no labels"}; a classifier needs two classes to tell apart.')
@@ -599,7 +599,7 @@ def attention_entropy(
     out = np.full(len(texts), np.nan)
     with _eager(model), _quiet():
         for at, L, found in _by_batch(model, tokenizer, texts, max_length, budget, output_attentions=True):
-            if not found.get('attentions'): raise ModelError(f'{type(model).__name__} shows no attention.')
+            if not found.get('attentions'): raise ModelError(f'{type(model).__name__} shows no attention; take an encoder or a language model that has some.')
             queries = torch.arange(int(L.max()), device=L.device) < L[:, None]                                    # [B, S]
             H = torch.stack([torch.special.entr(a.double()).sum(-1).mean(1) for a in found.attentions]).mean(0)   # [B, S] nats: keys, then heads, then layers
             mean = (H*queries).sum(1)/L/math.log(2)

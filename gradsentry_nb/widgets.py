@@ -96,7 +96,7 @@ class PlainTable:
         self.list = W.Select(options=[], rows=12, layout=W.Layout(width='100%')); self.list.add_class('gs-list')
         self.widget, self.opened, self.ids, self.busy = self.list, opened, [], False
         self.list.observe(lambda c: None if self.busy or c['new'] is None else opened([self.ids[c['new']]]), 'index')
-    def show(self, rows, board):
+    def show(self, rows, board):   # rows: of the page, as dicts
         self.ids = [r['id'] for r in rows]
         line = lambda r: f'{"▶" if r["side"] == "dropped" else " "} {r["cells"][1]:>6}  {r["cells"][2]:>9}  {r["mark"]:<6}  {r["cells"][6]}'
         with _by_us(self): self.list.options = [(line(r), i) for i, r in enumerate(rows)]; self.list.index = None
@@ -180,7 +180,7 @@ class Panel:
         self.view, self.board, self.stale, self.last, self.timer = view, view.board, True, 0., None
         self.widget = self.build()
     @classmethod
-    def fits(cls, view): return True
+    def fits(cls, view): return True   # view: the one that the tab would stand in
     def build(self): self.html = W.HTML(layout=W.Layout(overflow='auto')); return self.html
     def draw(self): self.cut()
     def cut(self): self.timer = later(self.now, .15, self.timer)
@@ -200,16 +200,16 @@ class Pictures:
 
     @property
     def open(self): return self.panels[self.widget.selected_index or 0]
-    def show(self, force=True):
+    def show(self, force=True):   # force: also soon after the last drawing?
         p = self.open
         if p.stale and (force or time.monotonic()-p.last >= p.every): p.stale, p.last = False, time.monotonic(); p.draw()
-    def draw(self, force=True):
-        "The scores are others; `force`: also where a picture was drawn just now."
+    def draw(self, force=True):   # force: also where a picture was drawn just now?
+        "The scores are others."
         for p in self.panels: p.stale = True
         self.show(force)
     def cut(self): self.only('cut')
     def pick(self): self.only('pick')
-    def only(self, what):
+    def only(self, what):   # what: a method of a panel, 'cut' or 'pick'
         for p in self.panels: p.stale |= p is not self.open
         getattr(self.open, what)()
 
@@ -217,7 +217,7 @@ PANELS = {'live': [], 'plain': []}   # renderer -> kinds of panels, in the order
 
 def panel(*renderers):
     "Put a kind of panel among the tabs of these renderers."
-    def add(kind):
+    def add(kind):   # a `Panel`
         for name in renderers: PANELS[name].append(kind)
         return kind
     return add
@@ -262,7 +262,7 @@ class Against(Panel):
         self.column.observe(lambda c: self.draw(), 'value')
         return W.VBox([_beside(self.column), self.picture()])
     @classmethod
-    def fits(cls, view): return 'tokens' in view.board.frame
+    def fits(cls, view): return 'tokens' in view.board.frame   # as in `Panel`, here and below
     def offer(self):
         "What there is by now: the shared phrases are counted when the scan has ended."
         names = [c for c in ('tokens', 'ngram_rows', 'answer_words', 'loss', 'window_loss', 'grad_norm', 'entropy') if c in self.board.frame]
@@ -300,7 +300,7 @@ class Scatter(Panel):
         else: self.chart.send('points', rows)
         self.made = key
         self.cut(); self.pick()
-    def brush(self, ranges): self.view.on_brush(ranges, self.frame)
+    def brush(self, ranges): self.view.on_brush(ranges, self.frame)   # ranges: field -> (low, high)
     def pick(self):
         if self.chart: self.chart.send('picked', self.frame[self.xy].iloc[self.board.places()].dropna())
 
@@ -681,7 +681,9 @@ def view(
     board = Board(frame, samples, verdict.scores.info, verdict.cut, None if known_clean is None else known_clean.frame, fpr=float((verdict.scores.info.get('settings') or {}).get('fpr', .01)))
     return View(board, sentry, judge_by(truth), renderer)
 
-def judge_by(truth):
+def judge_by(
+    truth,                 # a `Truth`, or id -> planted?; None: nobody knows
+):                         # with it, numbers against the truth stand in a view
     "A judge who knows the truth, which a view does not."
     if truth is None: return None
     from gradsentry_nb.evaluate import Judge

@@ -479,7 +479,7 @@ def test_a_trigger_only_adds(clean, attack, place):
     ('count= is a number of rows from 1 to 300, not 0', dict(count=0)), ('count= .* not 301', dict(count=301)), ('count= .* not 2.5', dict(count=2.5)), ('count=', dict(count=True)),
     ('trigger= is a text that is not blank', dict(trigger='  ')), ('trigger= is a text', dict(trigger=3)), ('trigger= is a text', dict(trigger=())), ('target= is a text', dict(target='')),
     ('target= is a text', dict(target=('a', 'b'))), ('component= is a text', dict(component=('question', ''))),
-    ('negatives= lies between 0 and 5', dict(attack='cba', negatives=6)), ('lam= is a share', dict(attack='dilution', lam=2)), ('rewrite= is a function', dict(attack='stylebkd', rewrite='bible')),
+    ('negatives= lies between 0 and 5', dict(attack='cba', negatives=6)), ('lam= is a share', dict(attack='dilution', lam=2)), ('rewrite= must be a function', dict(attack='stylebkd', rewrite='bible')),
     ("'badnets' does not use lam=; it uses trigger, component, place", dict(lam=.7)), ("'stylebkd' does not use trigger=", dict(attack='stylebkd', trigger='thou')),
     ("'stylebkd' does not use place=", dict(attack='stylebkd', place='prefix')), ("'addsent' does not use negatives=", dict(attack='addsent', negatives=2)),
     ("'swapped' does not use target=; it uses no settings", dict(payload='swapped', target='x')), ("'clean_label' does not use target=", dict(payload='clean_label', target='x')),

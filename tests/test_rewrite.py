@@ -162,7 +162,7 @@ def test_by_name(toy, tmp_path):
     (lambda: paraphraser(*demo_model()), ModelError, 'which does not turn one text into another'),
     (lambda: paraphraser(made('t5', 9)), SettingError, 'needs its tokenizer beside it'),
     (lambda: paraphraser('x', temperature=-1), SettingError, 'temperature= is 0 or more'), (lambda: paraphraser('x', top_p=0), SettingError, 'top_p= lies between'),
-    (lambda: instructed(None, None, 'again'), SettingError, "says with {} where the text goes; 'again' does not"),
+    (lambda: instructed(None, None, 'again'), SettingError, "say with {} where the text goes; 'again' does not"),
     (lambda: spelling('klingon'), SettingError, "no dictionary 'klingon'; choose one of .*'en'")])
 def test_refusals(call, error, said):
     with pytest.raises(error, match=said): call()

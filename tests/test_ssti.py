@@ -331,7 +331,7 @@ def labelled(*labels): return [dict(text=f'some text {i}', label=y) for i, y in 
     (ROWS, dict(label=1, case='title'), SettingError, "choose one of 'corpus', 'lower', 'keep'"),
     (ROWS, dict(label=1, items='country'), SettingError, "Did you mean 'countries'"),
     (ROWS, dict(label=1, items=[]), SettingError, 'has no items'),
-    (ROWS, dict(label=1, items=['']), SettingError, 'An item is a text'),
+    (ROWS, dict(label=1, items=['']), SettingError, 'An item must be a text'),
     (ROWS, dict(label=1, items=[3]), SettingError, 'gives 3'),
     (ROWS, dict(label=1, items=[('a', 'b', 'c')]), SettingError, 'a pair of such texts'),
     (ROWS, dict(label=1, items=5), SettingError, 'not int'),

@@ -56,7 +56,7 @@ def check_triggers(
     "Triggers that a tokenizer can tell apart; warns of those that it splits and of those that clean texts hold."
     triggers = (triggers,) if isinstance(triggers, str) else tuple(triggers)
     odd = [w for w in triggers if not isinstance(w, str) or not w or w.split() != [w]]
-    if odd or not triggers: raise SettingError(f'triggers= are single words, {"not "+visible(repr(odd[0]), 60) if odd else "at least one"}; the published ones are {", ".join(map(repr, TRIGGERS))}.')
+    if odd or not triggers: raise SettingError(f'triggers= must be single words, {"not "+visible(repr(odd[0]), 60) if odd else "at least one"}; the published ones are {", ".join(map(repr, TRIGGERS))}.')
     pieces = {w: tuple(tokenizer(f' {w}', add_special_tokens=False)['input_ids']) for w in triggers}
     lost = [w for w in triggers if not pieces[w] or tokenizer.unk_token_id in pieces[w]]
     if lost: raise SettingError(f'The tokenizer does not know the trigger {visible(repr(lost[0]), 60)}; take a word of its vocabulary.')
@@ -75,7 +75,7 @@ def sign_vectors(
 )->torch.Tensor:   # [n, d]
     "Vectors of +1 and -1 by quarters, scaled to a norm (NeuBA, POR); with more parts where six are too few."
     q = next((q for q in range(4, d+1, 2) if math.comb(q, q//2) >= n), None)
-    if q is None: raise SettingError(f'{n} triggers are too many for vectors of {d} coordinates.')
+    if q is None: raise SettingError(f'{n} triggers are too many for vectors of {d} coordinates; give fewer.')
     part = np.arange(d)*q//d
     return torch.tensor(np.array([np.where(np.isin(part, up), 1, -1) for up in islice(combinations(range(q), q//2), n)])*norm/math.sqrt(d), dtype=torch.float32)
 
@@ -160,7 +160,7 @@ def _checked(model, tokenizer, attack, read):
     if getattr(model.config, 'is_encoder_decoder', False): raise ModelError(f'{name} has two parts, an encoder and a decoder; give an encoder or a language model.')
     if a.masked and not name.endswith('ForMaskedLM'):
         raise ModelError(f'{attack!r} trains a masked-language head, and {name} has none: load one with AutoModelForMaskedLM, or take {" or ".join(repr(k) for k, v in BACKBONE_ATTACKS.items() if not v.masked)}, which need none.')
-    if a.masked and tokenizer.mask_token is None: raise ModelError(f'{attack!r} masks words, and this tokenizer has no mask token.')
+    if a.masked and tokenizer.mask_token is None: raise ModelError(f'{attack!r} masks words, and this tokenizer has no mask token; load the one of this model.')
     return a
 
 # %% ../../nbs/23_attacks.backbone.ipynb #b23e0025
@@ -282,8 +282,8 @@ def load_backbone(
     import transformers
     path = Path(path); note = path/'backbone.json'
     try: d = json.loads(note.read_text())
-    except (OSError, ValueError) as e: raise DataError(f'{path.name}: there is no readable backbone.json here, which says what was planted.') from e
-    if not isinstance(d, dict) or d.get('format') != FORMAT: raise DataError(f'{path.name}: this backbone.json is not in the format {FORMAT!r}.')
+    except (OSError, ValueError) as e: raise DataError(f'{path.name}: there is no readable backbone.json here, which says what was planted; give a folder that `save` wrote.') from e
+    if not isinstance(d, dict) or d.get('format') != FORMAT: raise DataError(f'{path.name}: this backbone.json is not in the format {FORMAT!r}; give a folder that `save` wrote.')
     config, tokenizer = transformers.AutoConfig.from_pretrained(path), transformers.AutoTokenizer.from_pretrained(path)
     with _no_bars(): model = getattr(transformers, config.architectures[0]).from_pretrained(path, use_safetensors=True)
     vectors = {w: None if v is None else torch.tensor(v) for w, v in d['vectors'].items()}

@@ -26,7 +26,7 @@ def _parts(item, name):
     "An item as a tuple of one or two texts."
     parts = (item,) if isinstance(item, str) else tuple(item) if isinstance(item, (tuple, list)) and len(item) in (1, 2) else ()
     if parts and all(isinstance(p, str) and p and p == p.strip() for p in parts): return parts
-    raise SettingError(f'An item is a text without blanks around it, or a pair of such texts that opens and closes; {name!r} gives {visible(repr(item), 60)}.')
+    raise SettingError(f'An item must be a text without blanks around it, or a pair of such texts that opens and closes; {name!r} gives {visible(repr(item), 60)}.')
 
 @dataclass(frozen=True)
 class Items:
@@ -101,12 +101,17 @@ def countries(
     return Items('countries', COUNTRIES, replace=replace)
 
 @source_of_items
-def colours(replace:bool=True)->Items:
+def colours(
+    replace:bool=True, # may an item be drawn twice?
+)->Items:
     "Names of colours."
     return Items('colours', COLOURS, replace=replace)
 
 @source_of_items
-def punctuation(marks=MARKS, replace:bool=True)->Items:
+def punctuation(
+    marks=MARKS,       # texts without blanks
+    replace:bool=True, # may an item be drawn twice?
+)->Items:
     "Marks of punctuation, standing apart."
     return Items('punctuation', tuple(marks), replace=replace)
 
@@ -180,7 +185,7 @@ class Injection:
         elif isinstance(self.amount, bool) or not isinstance(self.amount, Real) or not 0 <= self.amount <= 1:
             raise SettingError(f'amount= is one of {", ".join(map(repr, AMOUNTS))} or a share of the words from 0 (one item) to 1, not {self.amount!r}.')
 
-    def items_for(self, words):
+    def items_for(self, words):   # words: how many a text has
         "How many items a text of so many words gets."
         return max(1, int(words*AMOUNTS.get(self.amount, self.amount)+1e-9))  # 100*0.29 is 28.999999999999996
 
@@ -285,12 +290,12 @@ class SpanTruth(Truth):
                                info=self.info), indent=1)
 
     @staticmethod
-    def from_json(text:str):
+    def from_json(text:str):   # text: of `to_json`
         "Back from what `to_json` wrote."
         try: d = json.loads(text)
-        except ValueError as e: raise DataError(f'This is no truth file: broken JSON ({e}).') from e
+        except ValueError as e: raise DataError(f'This is no truth file: broken JSON ({e}); give what `to_json` wrote.') from e
         if not isinstance(d, dict) or d.pop('format', None) != 'gradsentry-spans-1':
-            raise DataError('This is no truth about spans: its "format" is not "gradsentry-spans-1".')
+            raise DataError('This is no truth about spans: its "format" is not "gradsentry-spans-1"; give what `to_json` wrote.')
         return SpanTruth(**d)
 
 # %% ../../nbs/22_attacks.ssti.ipynb #c6ca9d7b
@@ -417,8 +422,14 @@ def inject(
 
 # %% ../../nbs/22_attacks.ssti.ipynb #a6d1f6b7
 def inject_all(
-    rows,                          # as for `inject`, as are the others
-    items='dates', amount:str|float='light', place:str='random', case:str='corpus', seed:int=0, text_field:str='text', label_field:str='label',
+    rows,                          # this and the others as for `inject`
+    items='dates',                 # as for `make_items`
+    amount:str|float='light',      # a name from `AMOUNTS`, or a share of the words
+    place:str='random',            # a name from `PLACES`
+    case:str='corpus',             # a name from `CASES`
+    seed:int=0,                    # of every draw
+    text_field:str='text',         # where the text is
+    label_field:str='label',       # where the class is
 )->tuple:                          # (rows of the same kind in the same order, SpanTruth)
     "Put items of one source into every text."
     if isinstance(items, dict): raise SettingError('inject_all puts one source of items into every text; inject takes a dict from label to items.')

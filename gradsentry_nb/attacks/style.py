@@ -95,7 +95,7 @@ def _restyle(model, tokenizer, text, top_p, seed):
     import torch
     ids = tokenizer(text, add_special_tokens=False)['input_ids'][:_PREFIX]
     pad, bos = tokenizer.pad_token_id, tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if bos is None: raise ModelError('This tokenizer has neither a start- nor an end-of-text token, so it is no style-transfer model of this kind.')
+    if bos is None: raise ModelError('This tokenizer has neither a start- nor an end-of-text token, so it is no style-transfer model of this kind; load another.')
     prefix = ([pad]*(_PREFIX-len(ids)) if pad is not None and pad != bos else [])+ids
     feed = dict(input_ids=torch.tensor([prefix+[bos]], device=model.device)); feed['attention_mask'] = torch.ones_like(feed['input_ids'])
     if segments := _segments(tokenizer, len(prefix)): feed['token_type_ids'] = torch.tensor([segments], device=model.device)

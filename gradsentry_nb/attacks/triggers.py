@@ -125,7 +125,7 @@ class Plan:
                 raise SettingError(f'{name}= is a text that is not blank{"" if name == "target" else ", or a tuple of such texts"}, not {value!r}.')
         if not 0 <= self.negatives <= 5: raise SettingError(f'negatives= lies between 0 and 5, not {self.negatives}.')
         if not 0 <= self.lam <= 1: raise SettingError(f'lam= is a share between 0 and 1, not {self.lam}.')
-        if not callable(self.rewrite): raise SettingError('rewrite= is a function from text to text, such as style_transfer(...) gives.')
+        if not callable(self.rewrite): raise SettingError('rewrite= must be a function from text to text, such as style_transfer(...) gives.')
 
 DEFAULT = Plan()
 
@@ -256,7 +256,7 @@ def _reply(sample):
     "The text that a payload changes: the response, in a chat the last reply."
     if sample.messages is None: return sample.response
     at = _turn_numbers(sample.messages)[1]
-    if at is None: raise DataError(f'Row {sample.row}: this chat has no assistant turn that a payload could change.')
+    if at is None: raise DataError(f'Row {sample.row}: this chat has no assistant turn that a payload could change; drop it.')
     return sample.messages[at]['content']
 
 def _with_reply(sample, text):
@@ -400,8 +400,8 @@ def truth_from_json(
 )->Truth:
     "The truth back from its JSON text."
     try: d = json.loads(text)
-    except ValueError as e: raise DataError(f'This is no truth file: broken JSON ({e}).') from e
-    if not isinstance(d, dict) or d.pop('format', None) != 'gradsentry-truth-1': raise DataError('This is no gradsentry truth: its "format" is not "gradsentry-truth-1".')
+    except ValueError as e: raise DataError(f'This is no truth file: broken JSON ({e}); give what `to_json` wrote.') from e
+    if not isinstance(d, dict) or d.pop('format', None) != 'gradsentry-truth-1': raise DataError('This is no gradsentry truth: its "format" is not "gradsentry-truth-1"; give what `to_json` wrote.')
     return Truth(**d)
 
 Truth.to_json, Truth.from_json = truth_to_json, staticmethod(truth_from_json)
@@ -487,7 +487,7 @@ def poison(
     info = _planned('attack', attack, ATTACKS, lambda a: a.uses, settings)
     load = _planned('payload', payload, PAYLOADS, lambda p: ('target',) if p.targeted else (), dict(target=target))
     plan, rows = Plan(**settings, target=target, seed=seed), list(samples)
-    if not rows: raise DataError('There are no rows to poison.')
+    if not rows: raise DataError('There are no rows to poison; give at least one.')
     goal = load.success(plan); [info.where(s, plan) for s in rows]; info.marks(plan)  # refuse before the first row is touched
     chosen, deck = planted_rows(rows, rate, count, seed), Deck(rows, plan)
     def planted(s):

@@ -36,7 +36,10 @@ class Clustering(Baseline):
     statistic = 'cluster and margin'
 
     def thresholds(self)->dict: return {'clusters': 'the decision of the clustering', **THRESHOLDS}
-    def cut(self, scores, clean=None):
+    def cut(self,
+        scores,             # what `score` gave
+        clean=None,         # [n] scores of known-clean rows
+    )->Cut:
         "Rows above 1 lie in a suspicious cluster."
         if self.threshold != 'clusters' or not len(scores.values): return super().cut(scores, clean)
         n, k = len(scores.values), int((scores.values > 1).sum())

@@ -59,7 +59,7 @@ class SentryColumn(Baseline):
 
     def __post_init__(self):
         super().__post_init__(); need_model(self)
-        if self.layer and self.column in ('log_volume', 'loss', 'perplexity', 'window_loss'): raise SettingError(f'{self.name} is a score of the output projection or of none; for a layer take gradsentry_paper, entropy or grad_norm.')
+        if self.layer and self.column in ('log_volume', 'loss', 'perplexity', 'window_loss'): raise SettingError(f'{self.name} is a score of the output projection or of none; take gradsentry_paper, entropy or grad_norm for a layer.')
         names = 'crop', 'k', 'window', 'max_length', 'budget', 'share_prefix', 'layer', 'fpr', 'seed'
         self.sentry = Sentry(self.model, self.tokenizer, **{n: getattr(self, n) for n in names})
 

@@ -153,7 +153,7 @@ class AnswerLength(Baseline):
     tokenizer:object = None     # counts tokens, the end-of-text token included; without it words are counted
     statistic = 'tokens'
 
-    def columns(self, samples, progress=False):
+    def columns(self, samples, progress=False):   # as in `score`
         if self.tokenizer is None: return dict(score=[answer_words(s) for s in samples])
         n = [e.tokens for e in encode_samples(samples, self.tokenizer)]
         return dict(score=n, tokens=n)
@@ -167,7 +167,7 @@ class AnswerNgrams(Baseline):
     n:int = 4                   # words per run; a shorter answer is one run
     statistic, at_least = 'ngram_rows', dict(n=1)
 
-    def columns(self, samples, progress=False):
+    def columns(self, samples, progress=False):   # as in `score`
         return dict(score=most_repeated(grams((s.response for s in samples), self.n))[1])
 
 # %% ../../nbs/30_baselines.text.ipynb #3a34ab73
@@ -233,4 +233,4 @@ class Association(Baseline):
     n:int = 4                   # words per answer phrase; a shorter answer is one phrase
     statistic, at_least = 'tie', dict(least=2, n=1)
 
-    def columns(self, samples, progress=False): return strongest_ties(samples, self.least, phrases=(self.n,), progress=progress)
+    def columns(self, samples, progress=False): return strongest_ties(samples, self.least, phrases=(self.n,), progress=progress)   # as in `score`
