@@ -67,7 +67,7 @@ def _erased(model, places, words, reads, budget, tick):
                 for ids, gap in places: vectors(rows, np.concatenate([np.tile(ids[:gap], (len(at), 1)), put, np.tile(ids[gap:], (len(at), 1))], axis=1)); tick(len(at))
                 S[:, at] = rows
     left = 1-cosine(plain).double()
-    if bool((left < 1e-6).any()): raise ModelError(f'With no word put in, this encoder gives all texts the same vector ({", ".join(r for r, x in zip(reads, left[:, 0]) if x < 1e-6)}); there is nothing to erase.')
+    if bool((left < 1e-6).any()): raise ModelError(f'With no word put in, this encoder gives all texts the same vector ({", ".join(r for r, x in zip(reads, left[:, 0]) if x < 1e-6)}); there is nothing to erase. Give an encoder whose weights were loaded.')
     return (1-(1-cosine(S).double())/left).numpy(), S/n
 
 # %% ../nbs/37_backbone_scan.ipynb #b37e0013
@@ -131,7 +131,7 @@ def probe_backbone(
     rng = random.Random(seed_for('backbone words', run=seed)); tried = given or own
     if sample is not None and sample < len(tried): tried = {w: tried[w] for w in rng.sample(list(tried), sample)}
     size, most = model.get_input_embeddings().weight.shape[0], max(i for t in (*tried.values(), *own.values()) for i in t)
-    if most >= size: raise ModelError(f'The tokenizer has a token {most}, the model knows {size}: they do not belong together.')
+    if most >= size: raise ModelError(f'The tokenizer has a token {most}, the model knows {size}: they do not belong together; load both from one folder.')
     return _probed(model, tokenizer, texts, tried, own, reads, n, top, p, seed, budget, progress, rng)
 
 def _probed(model, tokenizer, texts, tried, own, reads, n, top, p, seed, budget, progress, rng):

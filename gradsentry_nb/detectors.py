@@ -103,7 +103,7 @@ class Trial:
         self.values = self.read(self.scores)
     def asked(self, samples):
         scores = self.detector.score(samples)
-        if not isinstance(scores, Scores): raise GradSentryError(f'its score() gives {type(scores).__name__}, not Scores.')
+        if not isinstance(scores, Scores): raise GradSentryError(f'its score() gives {type(scores).__name__}, not Scores; it must give Scores(frame).')
         return scores
     def read(self, scores): return scores.frame['score'].to_numpy(float)
     def differ(self, samples, at=slice(None)):

@@ -151,9 +151,9 @@ def _drop(p, body, args, kwargs):
 def _prefix(model, s):
     from peft import PrefixTuningConfig, get_peft_model
     if not _takes_past(model):
-        raise SettingError(f'kind="prefix": a {type(model).__name__} takes no keys and values from before the text; {" and ".join(repr(k) for k in PEFT_KINDS if k != "prefix")} fit it.')
+        raise SettingError(f'kind="prefix": a {type(model).__name__} takes no keys and values from before the text; choose one of {", ".join(repr(k) for k in PEFT_KINDS if k != "prefix")}, which fit it.')
     most = positions(model)
-    if most and s.length > most-4: raise SettingError(f'A prefix of length={s.length} leaves no room for a text in the {most} positions of this {type(model).__name__}.')
+    if most and s.length > most-4: raise SettingError(f'A prefix of length={s.length} leaves no room for a text in the {most} positions of this {type(model).__name__}; choose a smaller length=.')
     tuned = get_peft_model(model, PrefixTuningConfig(task_type='SEQ_CLS', num_virtual_tokens=s.length, prefix_projection=s.bottleneck > 0, encoder_hidden_size=s.bottleneck or None, modules_to_save=head_modules(model)))
     model.base_model.register_forward_pre_hook(partial(_drop, s.dropout), with_kwargs=True)     # on what is used: what is saved must have no holes
     return tuned
@@ -270,14 +270,14 @@ def attention_rows(
     query:str|None=None,  # a key of `QUERIES`; None: the one that the head reads
 ):
     "A list that fills up with the `ScoreRows` of each layer in a forward pass inside the `with`; gradients flow through them."
-    if getattr(model.config, 'is_encoder_decoder', False): raise ModelError(f'A {type(model).__name__} has an encoder and a decoder; attention scores are read in models that have one of them.')
+    if getattr(model.config, 'is_encoder_decoder', False): raise ModelError(f'A {type(model).__name__} has an encoder and a decoder; attention scores are read in models that have one of them; choose an encoder or a language model.')
     if model.training and torch.is_grad_enabled() and any(getattr(m, 'gradient_checkpointing', False) for m in model.modules()):
         raise ModelError('Gradient checkpointing computes a layer a second time, when nobody listens to its scores; turn it off: model.gradient_checkpointing_disable().')
     ids, mask = batch['input_ids'] if batch.get('input_ids') is not None else batch['inputs_embeds'], batch.get('attention_mask')
     mask = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
     with _Recorder(mask, choose('query', query or query_of(model), QUERIES)) as heard: yield heard.rows
     if not heard.rows:
-        raise ModelError(f'This {type(model).__name__} showed no attention scores under attn_implementation={model.config._attn_implementation!r}; under "sdpa" and "eager" a model with attention shows them: model.set_attn_implementation("sdpa").')
+        raise ModelError(f'This {type(model).__name__} showed no attention scores under attn_implementation={model.config._attn_implementation!r}; use one that shows them, "sdpa" or "eager": model.set_attn_implementation("sdpa").')
 
 def score_norm(
     rows,              # of `attention_rows`
@@ -299,10 +299,10 @@ TERMS = {'ce': 'cross-entropy', 'amp': 'amplification', 'reg': 'norm of the atte
 
 def _check_labels(model, batch):
     labels, n = batch.get('labels'), getattr(model.config, 'num_labels', 0)
-    if labels is None: raise DataError('The batch has no labels, so there is no loss.')
+    if labels is None: raise DataError('The batch has no labels, so there is no loss; give labels= with it.')
     if labels.dim() != 1 or labels.is_floating_point() or n < 2: return
     odd = labels[((labels < 0) | (labels >= n)) & (labels != -100)]
-    if len(odd): raise DataError(f'A label is {int(odd[0])}; this classifier has the classes 0 to {n-1}.')
+    if len(odd): raise DataError(f'A label is {int(odd[0])}; this classifier has the classes 0 to {n-1}; choose a label of these, or load the model with more classes.')
 
 def _whole(model, ce, rows, lambda_amp, lambda_reg, where=''):
     "(the loss, its parts); a `ModelError` when a part is no number."
@@ -413,13 +413,13 @@ def load_peft(
         from peft import PeftModel
         try:
             with _quiet(): return PeftModel.from_pretrained(model, str(path)).eval()
-        except (OSError, ValueError, RuntimeError) as e: raise ModelError(f'{visible(Path(path).name)} holds no adapter for this {type(model).__name__}: {str(e).strip().splitlines()[0]}') from e
+        except (OSError, ValueError, RuntimeError) as e: raise ModelError(f'{visible(Path(path).name)} holds no adapter for this {type(model).__name__}; give the folder that was saved with it ({str(e).strip().splitlines()[0]}).') from e
     from safetensors.torch import load_file
     kept, found = json.loads((Path(path)/'houlsby.json').read_text()), load_file(Path(path)/'houlsby.safetensors')
     add_houlsby(model, kept['reduction'], kept['dropout'])
     here = dict(model.named_parameters())
     odd = [n for n, p in found.items() if n not in here or here[n].shape != p.shape] + [n for n in peft_parameters(model, trainable=False) if n not in found]
-    if odd: remove_houlsby(model); raise ModelError(f'{visible(Path(path).name)} holds an adapter for another model: {odd[0]} does not fit.')
+    if odd: remove_houlsby(model); raise ModelError(f'{visible(Path(path).name)} holds an adapter for another model: {odd[0]} does not fit; load the model that it was trained on.')
     model.load_state_dict(found, strict=False)
     return model.eval()
 
@@ -441,7 +441,7 @@ def norm_matched(
     "A control: the adapter of `model`, each tensor stretched to the length that it has in `like`; a tensor of zeros stays zero."
     model, theirs = copy.deepcopy(model), peft_parameters(like, trainable=False)
     ours = peft_parameters(model, trainable=False)
-    if {n: p.shape for n, p in ours.items()} != {n: p.shape for n, p in theirs.items()}: raise ModelError('These two models carry adapters of different kinds or sizes.')
+    if {n: p.shape for n, p in ours.items()} != {n: p.shape for n, p in theirs.items()}: raise ModelError('These two models carry adapters of different kinds or sizes; give two that were trained with the same settings.')
     with torch.no_grad():
         for n, p in ours.items():
             if p.any(): p.mul_(theirs[n].norm().to(p.device)/p.norm())
@@ -489,7 +489,7 @@ def attention_mass(
 )->np.ndarray:             # [N, layers] between 0 and 1; NaN for a text without the words
     "How much of the attention lies on some words, layer by layer: the mean over heads."
     there, texts = word_places(tokenizer, texts, words, max_length), list(texts)
-    if not any(x.any() for x in there): raise DataError(f'None of the {len(texts)} texts has any of the words {visible(repr(words), 100)} as a word.')
+    if not any(x.any() for x in there): raise DataError(f'None of the {len(texts)} texts has any of the words {visible(repr(words), 100)} as a word; put one in (with_triggers) or give others.')
     out = np.full((len(texts), model.config.num_hidden_layers), np.nan)
     for at, batch, rows in _rows_by_batch(model, tokenizer, texts, query, max_length, budget):
         S, device = batch['input_ids'].shape[1], batch['input_ids'].device
@@ -566,7 +566,7 @@ def pick_weights(
 )->int:                # the place of a row
     "The strongest defence whose accuracy on clean texts is within `drop` points of the undefended run's; the more accurate one of two that are equally strong."
     plain = frame.loc[(frame['lambda_amp'] == 0) & (frame['lambda_reg'] == 0), 'accuracy']
-    if not len(plain): raise DataError('There is no run with both weights 0 to compare with.')
+    if not len(plain): raise DataError('There is no run with both weights 0 to compare with; give one.')
     strength = frame['lambda_amp']/ObliviateSettings.lambda_amp+frame['lambda_reg']/ObliviateSettings.lambda_reg
     fits = frame['accuracy'] >= plain.iloc[0]-drop/100-1e-9
     return int(np.lexsort((frame['accuracy'], np.where(fits, strength, -1)))[-1])

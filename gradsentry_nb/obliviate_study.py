@@ -26,7 +26,7 @@ from .core import ModelError, SettingError, choose, content_hash, seed_for, visi
 from .data import Samples
 from .encoder import READS, body_of
 from .threshold import wilson
-from .attacks.backbone import TRIGGERS, load_backbone, with_trigger, with_triggers
+from .attacks.backbone import TRIGGERS, load_backbone, with_triggers
 from .attacks.ssti import ITEMS, inject, inject_all
 from .train import CLASS_TARGETS, POOLS, class_names, load_classifier, lora_targets, seeded, _by_batch, _settings
 from .evaluate import accuracy_gap, backbone_asr, mcnemar, paired_difference
@@ -289,7 +289,7 @@ def adaptive_losses(
         body = body_of(model); vector = lambda out: READS[read](out.last_hidden_state, triggered['attention_mask'])
         with torch.no_grad(): pinned = vector(body(**triggered))
         weights = {f'{n}.weight': m.weight+update(m.weight) for n, m in body.named_modules() if isinstance(m, torch.nn.Linear) and f'.{n}'.endswith(ends)}
-        if not weights: raise ModelError(f'This {type(body).__name__} has no linear layers called {", ".join(CLASS_TARGETS["qv"])}, which the made-up updates are added to.')
+        if not weights: raise ModelError(f'This {type(body).__name__} has no linear layers called {", ".join(CLASS_TARGETS["qv"])}, which the made-up updates are added to; choose an encoder that has some.')
         with attention_rows(body, triggered, query) as rows: moved = vector(torch.func.functional_call(body, weights, kwargs=triggered))
         return F.mse_loss(moved, pinned)+score*score_norm(rows)
     return (withstands,)

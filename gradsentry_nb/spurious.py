@@ -306,7 +306,7 @@ def scan_tokens(
     if isinstance(least, bool) or not isinstance(least, int) or least < 2: raise SettingError(f'least= is a whole number of at least 2, not {least!r}.')
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 < p < 1: raise SettingError(f'p= lies between 0 and 1, not {p!r}.')
     t = _taken(rows, text_field, label_field)
-    if len(set(t.labels)) < 2: raise DataError(f'All {len(t.labels)} rows have the class {visible(repr(t.labels[0]), 40)}; what is tied to a class shows beside rows of another.')
+    if len(set(t.labels)) < 2: raise DataError(f'All {len(t.labels)} rows have the class {visible(repr(t.labels[0]), 40)}; what is tied to a class shows beside rows of another, so give some.')
     c = _Corpus(t.texts); some = _candidates(c, least); words = sum(i.kind == 'word' for i in some)
     if words < 50: raise DataError(f'Only {words} words occur in at least {least} places; the scan learns from ordinary words what is none, and wants 50. Give more rows.')
     balls, tried = _balls(c, np.array([[y == x for y in t.labels] for x in sorted(set(t.labels), key=str)]), encoder, least) if encoder else ([], 0)
@@ -316,7 +316,7 @@ def scan_tokens(
 def _encoder(name):
     from transformers import AutoModel, AutoTokenizer
     try: return AutoModel.from_pretrained(name, use_safetensors=True).eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as e: raise ModelError(f'{visible(str(name))} cannot be loaded as an encoder: {visible(str(e).strip().splitlines()[0], 200)}') from e
+    except (OSError, ValueError, KeyError) as e: raise ModelError(f'{visible(str(name))} cannot be loaded as an encoder; give the name or the folder of one ({visible(str(e).strip().splitlines()[0], 200)}).') from e
 
 def word_encoder(
     model,           # a clean encoder, or the folder or hub name of one
@@ -380,7 +380,7 @@ def occlude(
         said = [t.texts[k][a:b] for k in held for a, b in spans[k][:1]] or [scan.every['item'][index]]
         texts = [t.texts[k] for k in held], [_without(t.texts[k], spans[k]) for k in held], [t.texts[k] for k in other], [f'{t.texts[k]} {said[j % len(said)]}' for j, k in enumerate(other)]
         got = list(predict(sum(texts, []))); cuts = np.cumsum([0, *map(len, texts)])
-        if len(got) != cuts[-1]: raise DataError(f'predict gave {len(got)} classes for {cuts[-1]} texts.')
+        if len(got) != cuts[-1]: raise DataError(f'predict gave {len(got)} classes for {cuts[-1]} texts; it must be a function that gives one for each.')
         with_, without, plain, put = (got[a:b] for a, b in zip(cuts, cuts[1:]))
         flips = sum(a != b for a, b in zip(with_, without)), sum(b == y != a for a, b in zip(plain, put))
         rate = lambda k, n: (k/n, *wilson(k, n)) if n else (np.nan,)*3
