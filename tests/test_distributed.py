@@ -89,7 +89,7 @@ def test_two_processes_and_one(sentry, rows, one, crew):
     two = sentry.score(rows, progress=False, processes=2)
     same(two, one)
     assert two.info == one.info and len(crew) == 1 and crew[0].returncode == 0 and torch.get_num_threads() == before
-    np.testing.assert_allclose(two.frame['entropy'], sentry.score(rows, False).frame['entropy'], atol=1e-6)
+    np.testing.assert_allclose(two.frame['entropy'], sentry.score(rows, False).frame['entropy'], rtol=1e-5, atol=2e-6)          # a plain scan shares longer prefixes; the last digit depends on the processor
 
 
 def test_a_helper_that_is_killed(sentry, rows, one, crew, tmp_path):
