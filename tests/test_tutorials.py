@@ -56,8 +56,8 @@ def test_badges_come_with_an_address():
     assert notebooks.badges('x', 'https://example.org/gradsentry_nb', 'main') == '' and not any(b'Open in' in x for x in notebooks.hosted('https://example.org/a/b').values())
 
 
-def test_badges_are_taken_away_again(checkout, monkeypatch):
-    before = notebooks.hosted('')
+def test_badges_are_taken_away_again(tmp_path, monkeypatch):
+    before, checkout = notebooks.hosted(''), copy_checkout(tmp_path/'checkout')
     for path, data in notebooks.hosted('https://github.com/a/b').items(): (checkout/path).write_bytes(data)
     monkeypatch.setattr(notebooks, 'ROOT', checkout); monkeypatch.setattr(notebooks, 'NBS', checkout/'nbs')
     assert notebooks.hosted('') == before
