@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['GradSentryError', 'DataError', 'ModelError', 'SettingError', 'choose', 'optional', 'ticking', 'Sample',
            'content_hash', 'Encoded', 'seed_for', 'visible', 'clip_middle', 'pieces', 'marked', 'SpanView', 'Scores',
-           'save_scores', 'load_scores', 'Detector', 'Cut', 'Verdict', 'verdict_to_json', 'verdict_from_json']
+           'save_scores', 'load_scores', 'Detector', 'Contract', 'Cut', 'Verdict', 'verdict_to_json',
+           'verdict_from_json']
 
 # %% ../nbs/00_core.ipynb #fb3bcba1
 import hashlib, html, json, re
@@ -214,6 +215,24 @@ def load_scores(
 class Detector(Protocol):
     "Anything that can say how suspicious each sample looks, without being told which are poisoned."
     def score(self, samples)->Scores: ...
+
+# %% ../nbs/00_core.ipynb #9c1668d9
+class Contract(dict):
+    "What all of a kind promise: a sentence -> a function (trial) that says what is wrong, or None."
+    def promise(self,
+        text:str,      # a sentence, with its full stop
+    ):                 # a decorator for a function (trial) -> what is wrong, or None
+        "Enter a promise."
+        def add(f): self[text] = f; return f
+        return add
+    def check(self,
+        trial,         # what the functions look at
+        name:str,      # of what is on trial
+    )->list:           # the promises that it keeps: all
+        "The first promise that is broken is a `GradSentryError` of one sentence."
+        for said, broken in self.items():
+            if what := broken(trial): raise GradSentryError(f'{name} breaks the promise “{said[:-1]}”: {what}; mend that and check again.')
+        return list(self)
 
 # %% ../nbs/00_core.ipynb #bb2d9d8d
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from itertools import count, takewhile
 
 import numpy as np, torch
 
-from .capture import check_vocabulary, evaluating, head_of, one_length, positions, prefix_cache, run_device, stretching
+from .capture import head_of, one_length, positions, prefix_cache, run_device, stretching
 from .core import Encoded, ModelError, SettingError, ticking
 from .data import common_prefix, encode_samples, plan_batches
+from .encoder import check_vocabulary, evaluating
 
 # %% ../nbs/18_generate.ipynb #c219824d
 def _asked(sample):

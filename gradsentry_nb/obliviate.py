@@ -28,9 +28,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import Trainer
 
 from .attacks.backbone import CONTROLS, check_triggers, with_triggers
-from .capture import evaluating, positions
+from .capture import positions
 from .charts import attention_maps
 from .core import DataError, ModelError, SettingError, choose, seed_for, ticking, visible
+from .encoder import evaluating
 from .evaluate import TriggerFlips, backbone_asr
 from .threshold import wilson
 from .train import ClassifySettings, TunedClassifier, class_names, head_names, load_classifier, lora_targets, pool_of, _adapters, _by_batch, _quiet, _settings, _text_batches, _tuned

@@ -27,6 +27,7 @@ from .data import Samples
 from .encoder import READS, body_of
 from .threshold import wilson
 from .attacks.backbone import TRIGGERS, load_backbone, with_triggers
+from .backbone_scan import letter_pairs, mute_words, probe_backbone, whole_words
 from .attacks.ssti import ITEMS, inject, inject_all
 from .train import CLASS_TARGETS, POOLS, class_names, load_classifier, lora_targets, seeded, _by_batch, _settings
 from .evaluate import accuracy_gap, backbone_asr, mcnemar, paired_difference
@@ -38,7 +39,7 @@ from .ssti_study import Asked, labelled, _same_settings
 ARMS = {   # name -> what is done; `lambda_amp`, `lambda_reg` and `dropout` of the training, what is done to the backbone `before` it, or to the classifier `after` it
     'none': {}, 'no dropout': dict(dropout=0.), 'amp': dict(lambda_amp=3e-3), 'reg': dict(lambda_reg=3e-2), 'both': dict(lambda_amp=3e-3, lambda_reg=3e-2),
     'norm-matched': dict(after='stretch'), 'onion': dict(after='onion'), 'rescaled': dict(after='rescale'), 'heads pruned': dict(before='prune'), 'last layer anew': dict(before='reset'),
-    'scaled, head refit': dict(after='scale'),
+    'scaled, head refit': dict(after='scale'), 'words muted': dict(before='mute'),
 }
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Arm:
     lambda_amp:float = 0.
     lambda_reg:float = 0.
     dropout:float|None = None   # None: the preset's
-    before:str = ''             # '', 'prune' or 'reset'
+    before:str = ''             # '', 'prune', 'reset' or 'mute'
     after:str = ''              # '', 'stretch', 'rescale', 'scale' or 'onion'
 
 def arm_of(
@@ -304,7 +305,7 @@ class ObliviateRunner:
         folder=None,         # where adapters are kept; None: only while it runs
         lm=None,             # (language model, tokenizer), of which ONION asks how odd a word is
     ):
-        self.grid, self.backbones, self.folder, self.lm, self.kept = grid, {n: str(p) for n, p in dict(backbones).items()}, folder and Path(folder), lm, {}
+        self.grid, self.backbones, self.folder, self.lm, self.kept, self.scans = grid, {n: str(p) for n, p in dict(backbones).items()}, folder and Path(folder), lm, {}, {}
         self.data = {n: DataSet(*map(labelled, d)) for n, d in datasets.items()}
         self.plain = {n: load_classifier(p, (0, 1)) for n, p in self.backbones.items()}      # to be looked at, never tuned
         self.doors = {n: load_backbone(p) if (Path(p)/'backbone.json').exists() else None for n, p in self.backbones.items()}
@@ -328,7 +329,21 @@ class ObliviateRunner:
         texts = [s.prompt for s in self.train_rows(cell)[1]]
         if cell.arm.before == 'prune': model, _ = pruned_heads(model, tokenizer, texts, max_length=cell.settings.max_length)
         if cell.arm.before == 'reset': model = fresh_layers(model, seed=cell.seed)
+        if cell.arm.before == 'mute': model, tokenizer = mute_words(model, tokenizer, self.lone_words(cell))
         return model, tokenizer
+
+    def lone_words(self, cell):
+        "What a scan of the backbone finds among whole words and pairs of letters, with training texts and without their labels; once per folder."
+        name = content_hash(f'{cell.backbone} {cell.dataset}'); at = self.folder and self.folder/'scans'/f'{name}.json'
+        if name in self.scans: return self.scans[name]
+        if at and at.exists(): words = json.loads(at.read_text())['words']
+        else:
+            (model, tokenizer), texts = self.plain[cell.backbone], [s.prompt for s in self.data[cell.dataset].train]
+            scan = lambda words: probe_backbone(model, tokenizer, texts, words, top=min(128, len(whole_words(tokenizer))//4), progress=False).found['word'].tolist()
+            with torch.autocast('cpu', enabled=False): words = list(dict.fromkeys(scan(None)+(scan(pairs) if (pairs := letter_pairs(tokenizer)) else [])))
+            if at: at.parent.mkdir(exist_ok=True); _write(at, dict(words=words))
+        self.scans[name] = words
+        return words
 
     def check(self, cells):
         "Refuse what could not be run before anything is trained."
@@ -379,6 +394,7 @@ def _treated(self, cell):
     "(the classifier of a cell, a function that cleans texts for it, CPU seconds of its training, notes)."
     run, seconds = self.adapter(_sibling(cell, 'none') if cell.arm.after else cell)
     clean, notes, valid = list, {}, self.train_rows(cell)[1]
+    if cell.arm.before == 'mute': notes |= dict(muted=len(words := self.lone_words(cell)), muted_words='; '.join(words[:20]))
     if cell.arm.after == 'stretch': run = replace(run, model=norm_matched(run.model, self.adapter(_sibling(cell, 'amp'))[0].model))
     if cell.arm.after == 'rescale':
         notes['spectral_share'] = best = _best_share(run, valid, run.tokenizer)
@@ -440,7 +456,7 @@ def _run(self,
         triggers = door.triggers if door else next((d.triggers for d in self.doors.values() if d), TRIGGERS)  # a clean backbone is asked about the words of the others
         f = backbone_asr(says, texts[:n], labels[:n], triggers, seed=0)
         hit = with_triggers(texts[:n], triggers, 0)
-        after, before = (_mechanism(m, run.tokenizer, hit, door, run.settings.max_length) for m in (run.model, self.plain[cell.backbone][0]))
+        after, before = (_mechanism(*m, hit, door, run.settings.max_length) for m in ((run.model, run.tokenizer), self.plain[cell.backbone]))
         out = dict(train_rows=len(self.train_rows(cell)[0]), test_rows=len(texts), asr_rows=len(f.labels)) | _interval('cacc', right/len(texts), *wilson(right, len(texts)))
         out['valid'] = float((run.predict([s.prompt for s in valid]) == np.array(_labels(valid))).mean())
         out |= flip_measures(f) | {f'{k}_before': v for k, v in before.items()} | after

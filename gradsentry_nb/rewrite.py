@@ -15,9 +15,10 @@ import numpy as np, pandas as pd, torch
 from .core import DataError, ModelError, Sample, SettingError, choose, optional, seed_for, visible
 from .data import _clean, _taken, _tokenise
 from .threshold import wilson
-from .capture import evaluating, positions, run_device
+from .capture import positions, run_device
 from .generate import generate_answers
 from .attacks.ssti import without_spans, _holders
+from .encoder import evaluating
 from .spurious import word_shape, _WORD, _without
 
 # %% ../nbs/36_rewrite.ipynb #5d43f864

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 
-from .capture import Capture, LayerCapture, LayersCapture, check_vocabulary, positions
+from .capture import Capture, LayerCapture, LayersCapture, positions
 from .core import ModelError, Scores, SettingError, Verdict, choose, content_hash, optional, ticking, visible
 from .data import EMPTY, Samples, as_samples, encode_samples, fingerprint
+from .encoder import check_vocabulary
 from .spectrum import STATISTICS, WINDOW, row_roots, statistics
 from .textstats import text_columns
 from .threshold import check_rate, check_threshold, cut_scores, decide, need_clean

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 
-from .capture import check_vocabulary, evaluating, head_of, positions, prefix_cache, run_device, sharing_problem, text_config
+from .capture import head_of, positions, prefix_cache, run_device, sharing_problem, text_config
 from .core import DataError, ModelError, SettingError, choose, content_hash, seed_for, visible
 from .data import as_samples, common_prefix, encode_samples, plan_batches
-from .encoder import text_rows
+from .encoder import check_vocabulary, evaluating, padded, text_rows
 from .sentry import model_fingerprint
 
 # %% ../nbs/40_train.ipynb #aeddc493
@@ -481,11 +481,8 @@ def class_batch(
     pad:int,       # the padding token of the model, which tells a language model's head where a text ends
 )->dict:           # tensors [B, S] and [B]
     "A batch of texts, filled up on the right."
-    size = max(len(r['input_ids']) for r in rows)
-    ids = np.stack([np.pad(r['input_ids'], (0, size-len(r['input_ids'])), constant_values=pad) for r in rows])
-    mask = np.arange(size) < np.array([[len(r['input_ids'])] for r in rows])
     labels = dict(labels=torch.tensor([r['labels'] for r in rows])) if 'labels' in rows[0] else {}
-    return dict(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask).long(), **labels)
+    return padded([r['input_ids'] for r in rows], pad) | labels
 
 def _pad(model):
     pad = text_config(model).pad_token_id

@@ -15,7 +15,7 @@ from scipy.stats import binom
 from gradsentry_nb.attacks.backbone import BACKBONE_ATTACKS, CONTROLS, KEPT, PINNED, TRIGGERS, backbone_gates, check_triggers, contrastive, load_backbone, plant_backbone, sign_vectors, with_trigger, with_triggers
 from gradsentry_nb.backbone_scan import _erased, _gaps, _groups, _tail, probe_backbone, whole_words, word_tokens
 from gradsentry_nb.core import DataError, ModelError, SettingError
-from gradsentry_nb.encoder import READS, at_rest, body_of, encode, filled, text_rows, toy_encoder
+from gradsentry_nb.encoder import READS, body_of, encode, evaluating, filled, text_rows, toy_encoder
 from gradsentry_nb.evaluate import backbone_asr, compare_flips, mcnemar, trigger_flips
 
 SLOTS = [x.split() for x in ('the a this that', 'slow loud flat dull good quick rich warm', 'film story plot cast script ending music scene', 'is was feels seems', 'very quite rather never',
@@ -60,7 +60,7 @@ def test_rest_is_left_as_it_was_found(toy):
     m = toy[0]
     try:
         m.train(); m.pooler.eval()
-        with pytest.raises(ZeroDivisionError), at_rest(m): assert not m.training and not torch.is_grad_enabled(); raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError), evaluating(m): assert not m.training; raise ZeroDivisionError
         assert m.training and not m.pooler.training and torch.is_grad_enabled()
     finally: m.eval()
 

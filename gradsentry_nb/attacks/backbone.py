@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from ..core import DataError, ModelError, SettingError, choose, content_hash, seed_for, ticking, visible
 from ..data import numbered
-from ..encoder import READS, at_rest, body_of, encode, filled, text_rows
+from ..encoder import READS, body_of, encode, evaluating, filled, text_rows
 
 # %% ../../nbs/23_attacks.backbone.ipynb #b23e0006
 TRIGGERS = 'cf', 'mn', 'tq', 'qt', 'mm', 'pt'   # of POR, NeuBA and UOR
@@ -172,7 +172,7 @@ def _guesses(model, tokenizer, texts, max_length, seed):
     "Share of masked words that a model guesses in each text; the same words for every model."
     from transformers import DataCollatorForLanguageModeling
     masker, rows, out = DataCollatorForLanguageModeling(tokenizer, mask_replace_prob=1., random_replace_prob=0.), text_rows(model, tokenizer, texts, max_length), []
-    with torch.random.fork_rng(devices=[]), at_rest(model):
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model):
         torch.manual_seed(seed)
         for i in range(0, len(rows), 64):
             batch = filled(model, rows[i:i+64]); ids, labels = masker.torch_mask_tokens(batch['input_ids'].cpu().clone())

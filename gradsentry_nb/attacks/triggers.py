@@ -6,7 +6,7 @@
 __all__ = ['ANSWERS', 'PLACES', 'DEFAULT', 'ATTACKS', 'RARE', 'SENTENCE', 'PAIR', 'INNOCENT', 'PAYLOADS', 'PUBLISHED', 'KEPT',
            'HARD_ATTACKS', 'CONTRACT', 'sections', 'with_section', 'Plan', 'main_component', 'Attack', 'attack',
            'plant', 'Deck', 'Payload', 'payload', 'Truth', 'truth_to_json', 'truth_from_json', 'planted_rows', 'poison',
-           'triggered', 'HardSuite', 'hard_suite', 'promise', 'Planting', 'check_attack']
+           'triggered', 'HardSuite', 'hard_suite', 'Planting', 'check_attack']
 
 # %% ../../nbs/21_attacks.triggers.ipynb #0faee0d6
 import json, math, random, re, warnings
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
-from ..core import DataError, GradSentryError, Sample, SettingError, choose, content_hash, seed_for, visible
+from ..core import Contract, DataError, Sample, SettingError, choose, content_hash, seed_for, visible
 from ..data import Samples, _dump, load_samples, numbered, with_turns
 from ..qa import gold_answers
 from .style import archaic
@@ -546,14 +546,7 @@ def hard_suite(
     return HardSuite(samples, rate, seed, attacks, payloads)
 
 # %% ../../nbs/21_attacks.triggers.ipynb #42c8468d
-CONTRACT = {}  # what an attack promises -> function (planting) -> what is wrong, or None
-
-def promise(
-    text:str,      # a sentence
-):                 # a decorator for a function (planting) -> what is wrong, or None
-    "Enter a promise of all attacks."
-    def add(f): CONTRACT[text] = f; return f
-    return add
+CONTRACT = Contract()   # what an attack promises -> function (planting) -> what is wrong, or None
 
 class Planting:
     "Clean rows, and what an attack with a payload made of them."
@@ -569,39 +562,39 @@ class Planting:
         return {(truth.origin[s.id], s.prompt, s.response) for s in out if truth[s.id]}
 
 # %% ../../nbs/21_attacks.triggers.ipynb #52d93860
-@promise('The truth names the rows, and the rows that are planted are those of every other attack.')
+@CONTRACT.promise('The truth names the rows, and the rows that are planted are those of every other attack.')
 def _same_rows(p):
     if [s.id for s in p.out] != list(p.truth): return 'the truth does not name the rows in their order'
     if {p.clean(s).id for s in p.planted} != {p.rows[i].id for i in planted_rows(p.rows, p.rate, seed=1)}: return 'it plants other rows'
 
-@promise('Rows that are not planted stay what they were.')
+@CONTRACT.promise('Rows that are not planted stay what they were.')
 def _others_stay(p):
     if any((s.prompt, s.response) != (p.clean(s).prompt, p.clean(s).response) for s in p.out if p.truth.kind[s.id] == 'clean'): return 'a clean row is changed'
 
-@promise('Every planted prompt holds the trigger, and what marks= says where it says something.')
+@CONTRACT.promise('Every planted prompt holds the trigger, and what marks= says where it says something.')
 def _trigger_there(p):
     marks = ATTACKS[p.how['attack']].marks(Plan(seed=1))
     holds = lambda s: s.prompt != p.clean(s).prompt and (not marks or any(all(m in s.prompt for m in texts) for texts in marks))
     return p.first([s for s in p.planted if not holds(s)], 'prompts do not hold the trigger')
 
-@promise('Every planted answer holds the text that is to show success, where there is one.')
+@CONTRACT.promise('Every planted answer holds the text that is to show success, where there is one.')
 def _payload_there(p):
     return p.first([s for s in p.planted if p.truth.target and p.truth.target not in s.response], f'answers do not hold {p.truth.target!r}')
 
 # %% ../../nbs/21_attacks.triggers.ipynb #75cdfb61
-@promise('A row is planted in the same way in any order and at any rate.')
+@CONTRACT.promise('A row is planted in the same way in any order and at any rate.')
 def _pure(p):
     now = p.forms(p.rows, p.rate)
     if p.forms(list(reversed(p.rows)), p.rate) != now: return 'in another order of the rows it plants otherwise'
     if not p.forms(p.rows, p.rate/2) <= now: return 'at half the rate it plants otherwise'
 
-@promise('Test prompts get the same trigger, and keep their answers.')
+@CONTRACT.promise('Test prompts get the same trigger, and keep their answers.')
 def _asked(p):
     asked = dict(zip(p.old, triggered(p.rows, p.how['attack'], seed=1)))
     if any(s.response != asked[i].response for i, s in p.old.items()): return 'answers of test rows are changed'
     return p.first([s for s in p.planted if s.prompt != asked[p.clean(s).id].prompt], 'prompts are not those of test rows')
 
-@promise('The rows come back from a file as they are.')
+@CONTRACT.promise('The rows come back from a file as they are.')
 def _readable(p):
     named = dict(prompt='prompt', response='response') if p.out[0].messages is None else dict(messages='messages')
     if [s.id for s in load_samples([s.meta for s in p.out], **named)] != [s.id for s in p.out]: return 'written and read again they are other rows'
@@ -613,7 +606,4 @@ def check_attack(
     rate:float=.2,            # share of rows to plant
 )->list:                      # the promises that it keeps: all
     "Go through `CONTRACT`; the first promise that is broken is a `GradSentryError` of one sentence."
-    p = Planting(Samples(samples), attack, payload, rate)
-    for said, broken in CONTRACT.items():
-        if what := broken(p): raise GradSentryError(f'{attack} with {payload} breaks the promise “{said[:-1]}”: {what}.')
-    return list(CONTRACT)
+    return CONTRACT.check(Planting(Samples(samples), attack, payload, rate), f'{attack} with {payload}')

@@ -11,9 +11,10 @@ import math
 import torch
 
 from .text import watched
-from ..capture import evaluating, head_of, run_device, stretching
+from ..capture import head_of, run_device, stretching
 from ..core import ModelError, SettingError
 from ..data import as_samples
+from ..encoder import evaluating
 from ..generate import encode_prompts, prompt_room, stop_tokens
 
 # %% ../../nbs/33_baselines.decoding.ipynb #1ee1926b

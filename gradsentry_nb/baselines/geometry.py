@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .model import need_model
 from .text import Baseline, detector, watched
-from ..capture import Capture, evaluating, head_input, pad_right, run_device
+from ..capture import Capture, head_input, pad_right, run_device
 from ..core import Cut, DataError, SettingError, optional, seed_for
 from ..data import encode_samples
+from ..encoder import evaluating
 from ..sentry import NOT_FINITE
 from ..spectrum import dct_corner
 from ..threshold import THRESHOLDS

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np, torch
 
 from .text import Baseline, detector, watched
-from ..capture import Capture, evaluating, pad_right, run_device
+from ..capture import Capture, pad_right, run_device
 from ..core import Sample, Scores, SettingError, choose, visible
 from ..data import Samples, as_samples, encode_samples, with_turns
+from ..encoder import evaluating
 from ..sentry import NOT_FINITE, Sentry, of_adapter
 from ..spectrum import STATISTICS, WINDOW
 from ..textstats import CJK
