@@ -229,15 +229,19 @@ def spectral_share(
     top = lambda W: float(torch.linalg.matrix_norm(W.detach().float(), 2))
     return {n: top(m.lora_B['default'].weight@m.lora_A['default'].weight)*m.scaling['default']/top(m.base_layer.weight) for n, m in model.named_modules() if hasattr(m, 'lora_B')}
 
+def _longer(model, factors):
+    "A copy in which the updates of some layers are as much longer."
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for n, x in factors.items(): model.get_submodule(n).lora_B['default'].weight.mul_(x)
+    return model
+
 def rescaled(
     model,             # with LoRA
     share:float,       # of the largest singular value of a weight
 ):                     # a copy
     "A copy in which every update has the same largest singular value beside its weight's."
-    model = copy.deepcopy(model); now = spectral_share(model)
-    with torch.no_grad():
-        for n, x in now.items(): model.get_submodule(n).lora_B['default'].weight.mul_(share/max(x, 1e-12))
-    return model
+    return _longer(model, {n: share/max(x, 1e-12) for n, x in spectral_share(model).items()})
 
 # %% ../nbs/45_obliviate_study.ipynb #db7400af
 def scaled_update(
@@ -245,11 +249,7 @@ def scaled_update(
     factor:float,      # of its update
 ):                     # a copy
     "A copy whose LoRA does as much more."
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for n, m in model.named_modules():
-            if hasattr(m, 'lora_B'): m.lora_B['default'].weight.mul_(factor)
-    return model
+    return _longer(model, {n: factor for n, m in model.named_modules() if hasattr(m, 'lora_B')})
 
 def refit_head(
     model,             # a classifier, with an adapter or without
@@ -373,21 +373,19 @@ def _adapter(self, cell):
 
 def _sibling(cell, name): return replace(cell, arm=arm_of(name))
 
-def _best_share(run, valid, tokenizer, shares=(.1, .25, .5, 1.)):
+def _right(run, rows): return float((run.predict([s.prompt for s in rows]) == np.array(_labels(rows))).mean())
+
+def _best_share(run, valid, shares=(.1, .25, .5, 1.)):
     "The largest share at which clean texts lose no more than a point."
-    texts, labels = [s.prompt for s in valid], np.array(_labels(valid))
-    right = lambda m: float((replace(run, model=m).predict(texts) == labels).mean())
-    plain = right(run.model)
-    fits = [x for x in shares if right(rescaled(run.model, x)) >= plain-.01-1e-9]
-    return max(fits, default=0.)
+    least = _right(run, valid)-.01-1e-9
+    return max((x for x in shares if _right(replace(run, model=rescaled(run.model, x)), valid) >= least), default=0.)
 
 def _scaled(run, rows, valid, factors=(2, 4, 8, 16, 32), drop=.01):
     "(a run with the longest update at which clean texts lose no more than a point after the head was fitted anew, its factor)."
-    texts, labels, right = [s.prompt for s in rows], _labels(rows), lambda r: float((r.predict([s.prompt for s in valid]) == np.array(_labels(valid))).mean())
-    least, best = right(run)-drop-1e-9, (run, 1)
+    texts, labels, least, best = [s.prompt for s in rows], _labels(rows), _right(run, valid)-drop-1e-9, (run, 1)
     for x in factors:
         new = replace(run, model=refit_head(scaled_update(run.model, x), run.tokenizer, texts, labels, run.settings.max_length))
-        if right(new) >= least: best = new, x
+        if _right(new, valid) >= least: best = new, x
     return best
 
 def _treated(self, cell):
@@ -397,7 +395,7 @@ def _treated(self, cell):
     if cell.arm.before == 'mute': notes |= dict(muted=len(words := self.lone_words(cell)), muted_words='; '.join(words[:20]))
     if cell.arm.after == 'stretch': run = replace(run, model=norm_matched(run.model, self.adapter(_sibling(cell, 'amp'))[0].model))
     if cell.arm.after == 'rescale':
-        notes['spectral_share'] = best = _best_share(run, valid, run.tokenizer)
+        notes['spectral_share'] = best = _best_share(run, valid)
         if best: run = replace(run, model=rescaled(run.model, best))
     if cell.arm.after == 'scale': run, notes['scale'] = _scaled(run, self.train_rows(cell)[0], valid)
     if cell.arm.after == 'onion':
@@ -458,7 +456,7 @@ def _run(self,
         hit = with_triggers(texts[:n], triggers, 0)
         after, before = (_mechanism(*m, hit, door, run.settings.max_length) for m in ((run.model, run.tokenizer), self.plain[cell.backbone]))
         out = dict(train_rows=len(self.train_rows(cell)[0]), test_rows=len(texts), asr_rows=len(f.labels)) | _interval('cacc', right/len(texts), *wilson(right, len(texts)))
-        out['valid'] = float((run.predict([s.prompt for s in valid]) == np.array(_labels(valid))).mean())
+        out['valid'] = _right(run, valid)
         out |= flip_measures(f) | {f'{k}_before': v for k, v in before.items()} | after
         norms = peft_norms(run.model)
         out |= dict(peft_norm=norms['peft'], norm_ratio=norms['ratio'], scores=float(scores_left(run.model, run.tokenizer, [s.prompt for s in valid][:LOOKS], 'cls', run.settings.max_length).mean()), loss=float(run.log['loss_ce'].iloc[-1]))
