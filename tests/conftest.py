@@ -21,7 +21,9 @@ LEFT_OUT = ('.git', '.venv', '.*_cache', '.hypothesis', '.ipynb_checkpoints', '_
 # Nothing that is tested may reach for a network, and a failure found by chance must come back on the next run.
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
-if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')   # several files run side by side
+# Several files run side by side. Numba, which UMAP runs on, gives torch as many threads as it has itself: after one map or CUBE all later tests of the process would have two, waiting for each other.
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    for name in ('OMP_NUM_THREADS', 'NUMBA_NUM_THREADS'): os.environ.setdefault(name, '1')
 # Files that take minutes, in the order in which they begin; left to the end, one of them would run while the other process has nothing to do.
 LONG = ('test_browser', 'test_colab_versions', 'test_browser_platforms', 'test_benchmarks', 'test_browser_magics', 'test_distributed', 'test_notebooks', 'test_stream', 'test_bad_input',
         'test_widgets', 'test_magics', 'test_sentry', 'test_wheel', 'test_train', 'test_experiment')

@@ -20,7 +20,7 @@ def server():
     "A process that runs one notebook after the other, each in a fork of its own."
     threads = str(max(1, (os.cpu_count() or 1)//WORKERS))
     return subprocess.Popen([sys.executable, ROOT/'scripts'/'notebooks.py', 'serve'], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-                            env={**notebooks.environment(), 'OMP_NUM_THREADS': threads})
+                            env={**notebooks.environment(), 'OMP_NUM_THREADS': threads, 'NUMBA_NUM_THREADS': threads})
 
 
 def ask(p, path):
