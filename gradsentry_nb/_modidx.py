@@ -885,6 +885,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                     'gradsentry_nb.core.choose': ('core.html#choose', 'gradsentry_nb/core.py'),
                                     'gradsentry_nb.core.clip_middle': ('core.html#clip_middle', 'gradsentry_nb/core.py'),
                                     'gradsentry_nb.core.content_hash': ('core.html#content_hash', 'gradsentry_nb/core.py'),
+                                    'gradsentry_nb.core.kept_threads': ('core.html#kept_threads', 'gradsentry_nb/core.py'),
                                     'gradsentry_nb.core.load_scores': ('core.html#load_scores', 'gradsentry_nb/core.py'),
                                     'gradsentry_nb.core.marked': ('core.html#marked', 'gradsentry_nb/core.py'),
                                     'gradsentry_nb.core.optional': ('core.html#optional', 'gradsentry_nb/core.py'),

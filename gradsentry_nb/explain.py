@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np, pandas as pd
 from scipy.stats import hypergeom
 
-from .core import DataError, Sample, SettingError, choose, clip_middle, optional, seed_for, ticking, visible
+from .core import DataError, Sample, SettingError, choose, clip_middle, kept_threads, optional, seed_for, ticking, visible
 from .data import EMPTY, Samples, as_samples, chat_spans, check_rows, with_turns, _clean, _tokenise
 from .textstats import CJK, grams, log_likelihood_ratio, words, _WORD
 
@@ -854,7 +854,7 @@ def _umap(X, seed=0):
     "UMAP by cosine (McInnes, Healy and Melville 2018); needs the package umap-learn."
     umap = optional('umap', "A map with method='umap'")
     if len(X) < 5: raise DataError(f"UMAP needs at least 5 rows with a gradient, these are {len(X)}; use method='pca'.")
-    return umap.UMAP(n_neighbors=min(15, len(X)-1), metric='cosine', random_state=seed, n_jobs=1, init='random' if len(X) < 30 else 'spectral').fit_transform(X)
+    with kept_threads(): return umap.UMAP(n_neighbors=min(15, len(X)-1), metric='cosine', random_state=seed, n_jobs=1, init='random' if len(X) < 30 else 'spectral').fit_transform(X)
 
 # %% ../nbs/15_explain.ipynb #124b9e19
 def _all_sketches(sentry, samples, size, seed, progress):

@@ -304,8 +304,9 @@ class ObliviateRunner:
         datasets,            # name -> (training rows, test rows)
         folder=None,         # where adapters are kept; None: only while it runs
         lm=None,             # (language model, tokenizer), of which ONION asks how odd a word is
+        muted=(),            # backbone -> words of a scan that was made before; where there are none, the arm 'words muted' makes one
     ):
-        self.grid, self.backbones, self.folder, self.lm, self.kept, self.scans = grid, {n: str(p) for n, p in dict(backbones).items()}, folder and Path(folder), lm, {}, {}
+        self.grid, self.backbones, self.folder, self.lm, self.kept, self.muted = grid, {n: str(p) for n, p in dict(backbones).items()}, folder and Path(folder), lm, {}, {n: list(w) for n, w in dict(muted).items()}
         self.data = {n: DataSet(*map(labelled, d)) for n, d in datasets.items()}
         self.plain = {n: load_classifier(p, (0, 1)) for n, p in self.backbones.items()}      # to be looked at, never tuned
         self.doors = {n: load_backbone(p) if (Path(p)/'backbone.json').exists() else None for n, p in self.backbones.items()}
@@ -333,17 +334,15 @@ class ObliviateRunner:
         return model, tokenizer
 
     def lone_words(self, cell):
-        "What a scan of the backbone finds among whole words and pairs of letters, with training texts and without their labels; once per folder."
-        name = content_hash(f'{cell.backbone} {cell.dataset}'); at = self.folder and self.folder/'scans'/f'{name}.json'
-        if name in self.scans: return self.scans[name]
-        if at and at.exists(): words = json.loads(at.read_text())['words']
-        else:
-            (model, tokenizer), texts = self.plain[cell.backbone], [s.prompt for s in self.data[cell.dataset].train]
+        "Words that decide alone in the backbone, found among whole words and pairs of letters with training texts, without their labels; once per folder."
+        name, at = cell.backbone, self.folder and self.folder/'scans'/f'{content_hash(cell.backbone)}.json'
+        if name not in self.muted and at and at.exists(): self.muted[name] = json.loads(at.read_text())
+        if name not in self.muted:
+            (model, tokenizer), texts = self.plain[name], [s.prompt for s in self.data[cell.dataset].train]
             scan = lambda words: probe_backbone(model, tokenizer, texts, words, top=min(128, len(whole_words(tokenizer))//4), progress=False).found['word'].tolist()
-            with torch.autocast('cpu', enabled=False): words = list(dict.fromkeys(scan(None)+(scan(pairs) if (pairs := letter_pairs(tokenizer)) else [])))
-            if at: at.parent.mkdir(exist_ok=True); _write(at, dict(words=words))
-        self.scans[name] = words
-        return words
+            with torch.autocast('cpu', enabled=False): self.muted[name] = list(dict.fromkeys(scan(None)+(scan(pairs) if (pairs := letter_pairs(tokenizer)) else [])))
+            if at: at.parent.mkdir(exist_ok=True); _write(at, self.muted[name])
+        return self.muted[name]
 
     def check(self, cells):
         "Refuse what could not be run before anything is trained."
@@ -506,12 +505,13 @@ def run_obliviate(
     datasets,            # name -> (training rows, test rows), each with `text` and `label`
     out=None,            # folder for cells and adapters; None: only in memory
     lm=None,             # (language model, tokenizer), for the arm 'onion'
+    muted=(),            # backbone -> words, for the arm 'words muted'; where there are none it scans the backbone
     retry:bool=True,     # run cells again that failed before?
     progress=True,       # True for a bar, False for silence, or a callable (done, total, row)
 )->pd.DataFrame:         # one row per cell of this grid
     "Run every cell that has not been run; what cannot be run is refused first, what fails later is recorded with its reason."
     folder = out and Path(out)
-    runner = ObliviateRunner(grid, backbones, datasets, folder, lm)
+    runner = ObliviateRunner(grid, backbones, datasets, folder, lm, muted)
     cells = plan_obliviate(grid, runner.backbones, runner.data)
     runner.check(cells)
     if folder:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .model import need_model
 from .text import Baseline, detector, watched
 from ..capture import Capture, head_input, pad_right, run_device
-from ..core import Cut, DataError, SettingError, optional, seed_for
+from ..core import Cut, DataError, SettingError, kept_threads, optional, seed_for
 from ..data import encode_samples
 from ..encoder import evaluating
 from ..sentry import NOT_FINITE
@@ -217,7 +217,7 @@ def last_states(
 def _umap(X, neighbours, seed):
     "UMAP to the plane, without its remarks."
     UMAP = optional('umap', 'CUBE').UMAP
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), kept_threads():
         warnings.simplefilter('ignore')
         return UMAP(n_neighbors=neighbours, min_dist=0, n_components=2, random_state=seed_for('umap', run=seed), n_jobs=1).fit_transform(X)
 
