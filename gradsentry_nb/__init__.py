@@ -25,7 +25,7 @@ __all__ = ['load_ipython_extension', 'unload_ipython_extension', 'Sample', 'Scor
            'run_steering', 'collect_steering', 'share_lines', 'forced_table', 'forced_chart', 'rank_maps',
            'ObliviateGrid', 'run_obliviate', 'collect_obliviate', 'against_none', 'chosen_weights', 'encode',
            'plant_backbone', 'load_backbone', 'BackboneBackdoor', 'with_triggers', 'BACKBONE_ATTACKS', 'probe_backbone',
-           'BackboneScan', 'TriggerFlips', 'backbone_asr', 'trigger_flips', 'compare_flips', 'mcnemar']
+           'BackboneScan', 'mute_words', 'TriggerFlips', 'backbone_asr', 'trigger_flips', 'compare_flips', 'mcnemar']
 
 # %% ../nbs/90_extension.ipynb #79f4fbe7
 from importlib import import_module
@@ -72,7 +72,7 @@ _home = {
     "rank_maps": "ssti_study",
     "ObliviateGrid": "obliviate_study", "run_obliviate": "obliviate_study", "collect_obliviate": "obliviate_study", "against_none": "obliviate_study", "chosen_weights": "obliviate_study",
     "encode": "encoder", "plant_backbone": "attacks.backbone", "load_backbone": "attacks.backbone", "BackboneBackdoor": "attacks.backbone", "with_triggers": "attacks.backbone", "BACKBONE_ATTACKS": "attacks.backbone",
-    "probe_backbone": "backbone_scan", "BackboneScan": "backbone_scan", "TriggerFlips": "evaluate", "backbone_asr": "evaluate", "trigger_flips": "evaluate", "compare_flips": "evaluate", "mcnemar": "evaluate",
+    "probe_backbone": "backbone_scan", "BackboneScan": "backbone_scan", "mute_words": "backbone_scan", "TriggerFlips": "evaluate", "backbone_asr": "evaluate", "trigger_flips": "evaluate", "compare_flips": "evaluate", "mcnemar": "evaluate",
 }
 _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "DataError", "ModelError", "SettingError", "load_samples", "demo_path",
          "demo_samples", "demo_truth", "demo_model", "QA_SETS", "load_qa", "qa_samples", "gold_answers", "GradFactors", "Capture", "linear_layers",
@@ -89,7 +89,7 @@ _all_ = ["Sample", "Scores", "Cut", "Verdict", "Detector", "GradSentryError", "D
          "scan_tokens", "TokenScan", "occlude", "word_encoder", "rewrite_rows", "rule_rewriter", "paraphraser", "instructed", "spelling", "grammar", "retention", "changed_words",
          "SteeringGrid", "run_steering", "collect_steering", "share_lines", "forced_table", "forced_chart", "rank_maps",
          "ObliviateGrid", "run_obliviate", "collect_obliviate", "against_none", "chosen_weights",
-         "encode", "plant_backbone", "load_backbone", "BackboneBackdoor", "with_triggers", "BACKBONE_ATTACKS", "probe_backbone", "BackboneScan", "TriggerFlips", "backbone_asr", "trigger_flips", "compare_flips", "mcnemar"]
+         "encode", "plant_backbone", "load_backbone", "BackboneBackdoor", "with_triggers", "BACKBONE_ATTACKS", "probe_backbone", "BackboneScan", "mute_words", "TriggerFlips", "backbone_asr", "trigger_flips", "compare_flips", "mcnemar"]
 
 # %% ../nbs/90_extension.ipynb #9a431495
 def __getattr__(name):

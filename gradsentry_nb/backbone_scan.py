@@ -168,11 +168,11 @@ def mute_words(
     words,             # such as `scan.found['word']`
 )->tuple:              # (a copy of the model, a copy of the tokenizer)
     "A model that reads some words as it reads words that it does not know."
-    tokens = word_tokens(tokenizer, list(words)); model, tokenizer, rows = copy.deepcopy(model), copy.deepcopy(tokenizer), []
-    several = [w for w, t in tokens.items() if len(t) > 1]
-    tokenizer.add_tokens([AddedToken(w, single_word=True, normalized=True) for w in several])
-    old = model.get_input_embeddings().weight.detach(); unknown = old.mean(0) if tokenizer.unk_token_id is None else old[tokenizer.unk_token_id]
+    inside = word_tokens(tokenizer, list(words)); first = tokenizer(list(inside), add_special_tokens=False)['input_ids'] if inside else []   # after a space, and at the start of a text
+    model, tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
+    single = {r[0] for pair in zip(inside.values(), first) for r in pair if len(r) == 1}; several = [w for w, r in zip(inside, first) if len(inside[w]) > 1 or len(r) > 1]
+    tokenizer.add_tokens([AddedToken(w, single_word=True, lstrip=True, normalized=True) for w in several])
+    old = model.get_input_embeddings().weight.detach(); unknown = old.mean(0) if tokenizer.unk_token_id is None else old[tokenizer.unk_token_id].clone()
     if len(tokenizer) > len(old): model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    at = [t[0] for t in tokens.values() if len(t) == 1]+tokenizer.convert_tokens_to_ids(several)
-    with torch.no_grad(): model.get_input_embeddings().weight[at] = unknown.clone()
+    with torch.no_grad(): model.get_input_embeddings().weight[[*single, *tokenizer.convert_tokens_to_ids(several)]] = unknown
     return model, tokenizer

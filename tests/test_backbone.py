@@ -1,6 +1,7 @@
 """Backdoors in an encoder go in, are kept and are measured; a scan finds them and nothing else; flips are counted as one counts them by hand."""
 import math
 import random
+import re
 import warnings
 from dataclasses import replace
 
@@ -13,8 +14,9 @@ from conftest import ROOT
 from scipy.stats import binom
 
 from gradsentry_nb.attacks.backbone import BACKBONE_ATTACKS, CONTROLS, KEPT, PINNED, TRIGGERS, backbone_gates, check_triggers, contrastive, load_backbone, plant_backbone, sign_vectors, with_trigger, with_triggers
-from gradsentry_nb.backbone_scan import _erased, _gaps, _groups, _tail, probe_backbone, whole_words, word_tokens
+from gradsentry_nb.backbone_scan import _erased, _gaps, _groups, _tail, letter_pairs, mute_words, probe_backbone, whole_words, word_tokens
 from gradsentry_nb.core import DataError, ModelError, SettingError
+from gradsentry_nb.demo import demo_model
 from gradsentry_nb.encoder import READS, body_of, encode, evaluating, filled, text_rows, toy_encoder
 from gradsentry_nb.evaluate import backbone_asr, compare_flips, mcnemar, trigger_flips
 
@@ -264,6 +266,28 @@ def test_whole_words_of_other_vocabularies():
     assert whole_words(Pieces('<s>', 'Ġfilm', 'ing', 'Ġ', 'Ġa')) == dict(film=(1,), a=(4,))
     assert whole_words(Pieces('[CLS]', 'film', '##ing', '[unused1]', 'a')) == dict(film=(1,), a=(4,))
     assert whole_words(Pieces('<s>', '▁film', 'ing', '<unk>', '▁a')) == dict(film=(1,), a=(4,))
+
+
+def test_muted_words_are_unknown_and_all_else_is_as_it_was(por):
+    triggers = [w for w in TRIGGERS if w in por.vectors]; m, tokenizer = mute_words(por.model, por.tokenizer, [*triggers, 'filmt'])
+    calm = [t for t in TEXTS if not {*t.split()} & {*triggers}][:60]; put = [f'{t} {w} {t}' for t, w in zip(calm, triggers*20)]
+    assert torch.equal(encode(m, tokenizer, calm), encode(por.model, por.tokenizer, calm))
+    unknown = [re.sub(rf'\b({"|".join(triggers)})\b', '[UNK]', x) for x in put]
+    assert torch.equal(encode(m, tokenizer, put), encode(m, tokenizer, unknown)) and not torch.equal(encode(m, tokenizer, put), encode(por.model, por.tokenizer, put))
+    assert len(por.tokenizer)+1 == len(tokenizer) == m.get_input_embeddings().weight.shape[0] and len(por.tokenizer) == por.model.get_input_embeddings().weight.shape[0]
+
+
+def test_words_are_muted_at_the_start_and_in_the_middle_of_a_text():
+    model, t = demo_model(); word, other = [w for w in whole_words(t) if w.isalpha() and len(w) > 5][:2]; m, tokenizer = mute_words(model, t, [word, 'zqx'])
+    weight, old = m.get_input_embeddings().weight, model.get_input_embeddings().weight
+    row = lambda text, k: weight[tokenizer(text, add_special_tokens=False)['input_ids'][k]]
+    for text, k in ((f'{word} {other}', 0), (f'{other} {word}', -1), ('zqx', 0), (f'{word} zqx', -1)): assert torch.equal(row(text, k), old.mean(0)), text
+    assert tokenizer.tokenize(f'{other} zqxy') == t.tokenize(f'{other} zqxy')
+    same = (weight[:len(old)] == old).all(1); assert 0 < (~same).sum() <= 2
+
+
+def test_pairs_of_letters_are_those_that_a_tokenizer_knows(toy):
+    pairs = letter_pairs(toy[1]); assert {'cf', 'qt'} < {*pairs} and all(len(w) == 2 and w.isalpha() for w in pairs) and len(letter_pairs(demo_model()[1])) == 676
 
 
 def test_groups(): assert _groups(F.normalize(torch.tensor([[1., 0], [0, 1], [.99, .1], [.1, .99], [-1, 0]]), dim=1)) == [1, 2, 1, 2, 3]
