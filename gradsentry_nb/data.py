@@ -24,7 +24,7 @@ import numpy as np
 
 from .core import DataError, Encoded, ModelError, Sample, SettingError, content_hash, visible
 
-# %% ../nbs/01_data.ipynb #60927d24
+# %% ../nbs/01_data.ipynb #164bd840
 READERS = {}  # file ending -> function(path) yielding (place, row, raw)
 
 def reader(*endings):
@@ -39,7 +39,7 @@ def _ending(path):
     name = Path(path).name.lower().removesuffix('.gz')
     return Path(name).suffix
 
-# %% ../nbs/01_data.ipynb #b0c9f438
+# %% ../nbs/01_data.ipynb #5e16f052
 def _lines(path):
     "Yield (number, line) of a UTF-8 text file, gzipped or not; broken bytes are an error that names the line."
     name, n = Path(path).name, 0
@@ -52,7 +52,7 @@ def _lines(path):
         raise DataError(f'{name}: the compressed file is broken or ends early after line {n}; download or compress it again.') from e
     except OSError as e: raise DataError(f'{name}: the file cannot be read ({e.strerror or e}); check its rights and its place.') from e
 
-# %% ../nbs/01_data.ipynb #0452de63
+# %% ../nbs/01_data.ipynb #534cbafe
 def _dump(row):
     "A row that was no JSON to begin with, as one line of JSON."
     plain = lambda x: x.tolist() if hasattr(x, 'tolist') else str(x)
@@ -66,6 +66,7 @@ def _loads(text, where):
     except json.JSONDecodeError: raise
     except ValueError as e: raise DataError(f'{where}: a number with too many digits to be read; write it as text.') from e
 
+# %% ../nbs/01_data.ipynb #271b2004
 def _said(e): return f'{e.msg.removesuffix(" at")} at column {e.colno}'
 
 def _parse(text, name, place):
@@ -77,7 +78,7 @@ def _read_jsonl(path):
     for n, line in _lines(path):
         if line.strip(): yield f'line {n}', _parse(line, Path(path).name, f'line {n}'), line.rstrip('\r\n')
 
-# %% ../nbs/01_data.ipynb #7be2b684
+# %% ../nbs/01_data.ipynb #9e490351
 def _rows_in(doc, name):
     "The list of rows inside a JSON document."
     if isinstance(doc, list): return doc
@@ -96,7 +97,7 @@ def _read_json(path):
         raise DataError(f'{name}, line {e.lineno}: broken JSON ({_said(e)}); is the file complete?') from e
     for n, row in enumerate(_rows_in(doc, name), 1): yield f'row {n}', row, _dump(row)
 
-# %% ../nbs/01_data.ipynb #e0a69cad
+# %% ../nbs/01_data.ipynb #2f65416b
 @reader('.csv', '.tsv')
 def _read_csv(path):
     name, lines = Path(path).name, (line for _, line in _lines(path))
@@ -109,7 +110,7 @@ def _read_csv(path):
             yield f'row {n}', row, _dump(row)
     except csv.Error as e: raise DataError(f'{name}, near line {rows.line_num+1}: broken CSV ({e}); mend this line.') from e
 
-# %% ../nbs/01_data.ipynb #e6c66a71
+# %% ../nbs/01_data.ipynb #a9bc4c30
 @reader('.parquet')
 def _read_parquet(path):
     import pyarrow as pa, pyarrow.parquet as pq
@@ -120,7 +121,7 @@ def _read_parquet(path):
             for row in batch.to_pylist(): n += 1; yield f'row {n}', row, _dump(row)
     except (pa.ArrowException, OSError, EOFError, ValueError, zlib.error) as e: raise DataError(f'{name}: broken or truncated Parquet file (after row {n}); download or write it again.') from e
 
-# %% ../nbs/01_data.ipynb #44d8e217
+# %% ../nbs/01_data.ipynb #a79e2634
 @dataclass(frozen=True)
 class Layout:
     "Which columns hold what."
@@ -135,7 +136,7 @@ class Layout:
         if self.alpaca: return f"Alpaca rows: prompt from 'instruction'{' and '+repr(self.context) if self.context else ''}, response from {self.response!r}"
         return f"prompt from {self.prompt!r}{f' after {self.context!r}' if self.context else ''}, response from {self.response!r}"
 
-# %% ../nbs/01_data.ipynb #1a2a1ee1
+# %% ../nbs/01_data.ipynb #f72107da
 _PROMPTS = 'prompt', 'question', 'query', 'instruction', 'input', 'inputs', 'source'
 _RESPONSES = 'response', 'completion', 'answer', 'answers', 'output', 'outputs', 'target', 'targets', 'chosen'
 _CHATS = 'messages', 'conversations', 'conversation'
@@ -154,7 +155,7 @@ def guess_layout(
     what = 'no column that is surely the prompt and the response' if not (p and r) else f'several that could be them ({", ".join(p+r+chat)})'
     raise DataError(f'{name}: {what}; the columns are {", ".join(map(visible, map(str, columns)))}. Name them with prompt= and response= (--prompt, --response).')
 
-# %% ../nbs/01_data.ipynb #034bc74a
+# %% ../nbs/01_data.ipynb #badd9941
 ALPACA = ('Below is an instruction that describes a task{more}. Write a response that appropriately completes the request.\n\n'
           '### Instruction:\n{instruction}\n\n{input}### Response:\n')  # the wording Alpaca models are trained on
 
@@ -171,7 +172,7 @@ def _alpaca(row, layout, where):
     return ALPACA.format(instruction=_text(row, 'instruction', where), input=f'### Input:\n{extra}\n\n' if extra else '',
                          more=', paired with an input that provides further context' if extra else '')
 
-# %% ../nbs/01_data.ipynb #6f5bb64a
+# %% ../nbs/01_data.ipynb #53b90825
 _ROLES = dict(human='user', gpt='assistant', bot='assistant', model='assistant')
 
 def _turns(row, field, where):
@@ -186,7 +187,7 @@ def _turns(row, field, where):
         out.append(dict(role=_ROLES.get(role, role), content=content))
     return tuple(out)
 
-# %% ../nbs/01_data.ipynb #9ab9a277
+# %% ../nbs/01_data.ipynb #0b5b7575
 def chat_parts(
     turns,        # `{'role', 'content'}` dicts
 )->tuple:         # (prompt, response): what the others say, and what the assistant says
@@ -202,6 +203,7 @@ def with_turns(
     turns = tuple({**t, 'content': texts.get(i, t['content'])} for i, t in enumerate(sample.messages))
     return replace(sample, messages=turns, **dict(zip(('prompt', 'response'), chat_parts(turns))))
 
+# %% ../nbs/01_data.ipynb #7805f9ae
 def _sample_parts(row, layout, where):
     "(prompt, response, messages) of one row."
     if not isinstance(row, dict): raise DataError(f'{where}: a sample is an object with named fields, this is {visible(json.dumps(row, default=str), 40)}.')
@@ -212,7 +214,7 @@ def _sample_parts(row, layout, where):
     context = _text(row, layout.context, where)+'\n\n' if layout.context in row else ''
     return context+_text(row, layout.prompt, where), _text(row, layout.response, where), None
 
-# %% ../nbs/01_data.ipynb #b6a00ac9
+# %% ../nbs/01_data.ipynb #5e99b0b9
 class Samples(list):
     "A list of `Sample`s with the name of their source, how it was read and the path where it lies."
     def __init__(self, items=(), source='rows', said=(), path=None): super().__init__(items); self.source, self.said, self.path = source, list(said), path
@@ -223,7 +225,7 @@ class Samples(list):
         rows = [dict(row=s.row, prompt='…'*(len(s.prompt) > 120)+visible(s.prompt[-120:]), response=visible(s.response, 160)) for s in self[:5]]
         return f'<p>{html.escape(visible(repr(self)))}</p>' + pd.DataFrame(rows).to_html(index=False, escape=True)
 
-# %% ../nbs/01_data.ipynb #acb3c34a
+# %% ../nbs/01_data.ipynb #267044a2
 def _hub_rows(name, split, revision):
     "Rows of a dataset by its hub name."
     import datasets
@@ -240,7 +242,7 @@ def _saved_rows(path, split):
     except Exception as e: raise DataError(f'{path.name}: this saved data set is broken ({type(e).__name__}: {visible(str(e), 160)}); save it again.') from e
     yield from _plain_rows(_split(data, split, path.name))
 
-# %% ../nbs/01_data.ipynb #c734b1d9
+# %% ../nbs/01_data.ipynb #b1d8e111
 def _split(data, split, name):
     "One split of a dataset that may have several."
     if not isinstance(data, dict):
@@ -255,7 +257,7 @@ def _plain_rows(rows):
     if hasattr(rows, 'to_dict') and hasattr(rows, 'columns'): rows = rows.astype(object).where(rows.notna(), None).to_dict('records')
     for n, row in enumerate(rows, 1): yield f'row {n}', row, _dump(row)
 
-# %% ../nbs/01_data.ipynb #4e89e2fc
+# %% ../nbs/01_data.ipynb #3eca57b0
 def _open(source, split, revision):
     "(name, iterator of (place, row, raw)) for anything that `load_samples` takes."
     if not isinstance(source, (str, os.PathLike)): return type(source).__name__, _plain_rows(_split(source, split, type(source).__name__))
@@ -267,7 +269,7 @@ def _open(source, split, revision):
     if re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', name) and _ending(name) not in READERS: return name, _hub_rows(name, split, revision)
     raise DataError(f'{visible(name)}: there is no such file.')
 
-# %% ../nbs/01_data.ipynb #bd25470b
+# %% ../nbs/01_data.ipynb #949285eb
 class Source:
     "Rows that are read anew whenever they are gone through, and never all held; iterate over it for `Sample`s."
     def __init__(self,
@@ -288,17 +290,21 @@ class Source:
         self.again = None           # hashes that occur more than once, when all rows were read
     def __repr__(self): return f'Source({"rows" if self.again is None else f"{self.rows:,} rows"} of {visible(self.source or self.what[0], 80)})'
 
-    def read(self):
-        "Yield (hash, prompt, response, number, turns, raw) of each row."
-        self.source, rows = _open(*self.what)
-        for i, (place, row, raw) in enumerate(rows):
-            if self.limit is not None and i >= self.limit: break
-            if self.layout is None and isinstance(row, dict): self.layout = replace(guess_layout(list(row), self.source), **dict(context=self.context) if self.context else {})
-            if i == 0 and self.context and isinstance(row, dict): _text(row, self.context, f'{visible(self.source)}, {place}')
-            p, r, turns = _sample_parts(row, self.layout, f'{visible(self.source)}, {place}')
-            yield content_hash(turns or p, r), p, r, i, turns, raw
-        self.said = [str(self.layout)]
+# %% ../nbs/01_data.ipynb #0f64c95b
+def _read(self):
+    "Yield (hash, prompt, response, number, turns, raw) of each row."
+    self.source, rows = _open(*self.what)
+    for i, (place, row, raw) in enumerate(rows):
+        if self.limit is not None and i >= self.limit: break
+        if self.layout is None and isinstance(row, dict): self.layout = replace(guess_layout(list(row), self.source), **dict(context=self.context) if self.context else {})
+        if i == 0 and self.context and isinstance(row, dict): _text(row, self.context, f'{visible(self.source)}, {place}')
+        p, r, turns = _sample_parts(row, self.layout, f'{visible(self.source)}, {place}')
+        yield content_hash(turns or p, r), p, r, i, turns, raw
+    self.said = [str(self.layout)]
 
+Source.read = _read
+
+# %% ../nbs/01_data.ipynb #3d872a9c
 def numbered(
     keys,            # hashes, in the order of their rows
 ):                   # yields 'a1b2c3d4e5f6-0', ..: a name for each row
@@ -306,6 +312,7 @@ def numbered(
     seen = Counter()
     for k in keys: yield f'{k}-{seen[k]}'; seen[k] += 1
 
+# %% ../nbs/01_data.ipynb #b170b803
 def load_samples(
     source,                         # this and the others as in `Source`
     prompt:str|None=None,           # column of the prompt
@@ -323,6 +330,7 @@ def load_samples(
     if not out: raise DataError(f'{visible(rows.source)}: there are no rows in it; give at least one.')
     return Samples(out, rows.source, rows.said, rows.path)
 
+# %% ../nbs/01_data.ipynb #da475228
 def as_samples(
     samples,         # `Samples`, a list of `Sample`s, or anything that `load_samples` reads
     purpose='score', # what they are for, for the message
@@ -334,7 +342,7 @@ def as_samples(
     if not len(samples): raise DataError(f'There are no rows to {purpose}; give at least one.')
     return samples
 
-# %% ../nbs/01_data.ipynb #459a80e8
+# %% ../nbs/01_data.ipynb #de8b7207
 def _number(self):
     "Go through all rows once: how many there are, and which hashes need an occurrence number."
     if hasattr(self.what[0], '__next__'): raise DataError('These rows can be gone through only once: give a list or a file.')
@@ -359,6 +367,7 @@ def _count(self):
 
 Source.number, Source.__iter__, Source.__len__ = _number, _go_through, _count
 
+# %% ../nbs/01_data.ipynb #e78bddc3
 def as_rows(
     rows,            # `Samples`, a `Source`, a list of `Sample`s, or anything that `load_samples` reads
 ):                   # `Samples` or a `Source`: never empty, with a length, to be gone through as often as needed
@@ -378,7 +387,7 @@ def pick(
     found = {i: s for i, s in enumerate(islice(rows, last+1)) if i in wanted}
     return [found[i] for i in at]
 
-# %% ../nbs/01_data.ipynb #f6f96961
+# %% ../nbs/01_data.ipynb #321620ac
 EMPTY = 'The response is empty.'
 
 def fingerprint(
@@ -387,7 +396,7 @@ def fingerprint(
     "A hash of the ids, and so of all texts, in their order."
     return hashlib.blake2b('\n'.join(s.id for s in samples).encode(), digest_size=8).hexdigest()
 
-# %% ../nbs/01_data.ipynb #cff5d253
+# %% ../nbs/01_data.ipynb #caf9ccb1
 def other_rows(
     scores,         # of a verdict
 )->DataError:
@@ -402,7 +411,7 @@ def check_rows(
     if verdict.scores.only(['id'])['id'].tolist() != [s.id for s in samples]: raise other_rows(verdict.scores)
     return samples
 
-# %% ../nbs/01_data.ipynb #bd8f0f28
+# %% ../nbs/01_data.ipynb #88cfb127
 def _clean(text):
     "Lone surrogates cannot be tokenised; they become U+FFFD, as any UTF-8 writer would make them."
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') if not text.isascii() else text
@@ -415,7 +424,7 @@ def _appended(tokenizer):
     (bare,), (full,) = _tokenise(tokenizer, ['a'], False), _tokenise(tokenizer, ['a'], True)
     return next((len(full)-len(bare)-i for i in range(len(full)-len(bare)+1) if full[i:i+len(bare)] == bare), 0)
 
-# %% ../nbs/01_data.ipynb #3e14ac58
+# %% ../nbs/01_data.ipynb #58794326
 def fit(
     prompt:list,       # [P] prompt ids
     answer:list,       # [R] supervised ids, end-of-text token last
@@ -433,7 +442,7 @@ def fit(
     supervised = np.arange(len(ids)) >= max(len(prompt), 1)  # the very first token has nothing before it to be predicted from
     return Encoded(ids, supervised, cut)
 
-# %% ../nbs/01_data.ipynb #e503e696
+# %% ../nbs/01_data.ipynb #9f001e45
 def _render(tokenizer, turns, opening):
     return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opening) if turns else ''
 
@@ -442,6 +451,7 @@ def _first_opening(tokenizer, turns, upto):
     mark = _render(tokenizer, turns, True)[len(upto):]
     return upto[:upto.find(mark)+len(mark)] if mark and mark in upto else upto
 
+# %% ../nbs/01_data.ipynb #4468001c
 def chat_spans(
     tokenizer,      # has a chat template
     turns,          # `{'role', 'content'}` dicts
@@ -456,7 +466,7 @@ def chat_spans(
         spans.append((len(before), len(upto.rstrip())))
     return text, spans
 
-# %% ../nbs/01_data.ipynb #950e0b06
+# %% ../nbs/01_data.ipynb #8c8e8e55
 def _encode_chat(sample, tokenizer, limit):
     "Encode one conversation; ids and supervised mask from one rendering."
     if not getattr(tokenizer, 'chat_template', None): raise ModelError('This tokenizer has no chat template; use a chat model, or give the rows as prompt and response.')
@@ -471,7 +481,7 @@ def _encode_chat(sample, tokenizer, limit):
     else: ids, on = _pieces(tokenizer, text, spans)
     return _fit_chat(ids, on, limit)
 
-# %% ../nbs/01_data.ipynb #c1bf68f4
+# %% ../nbs/01_data.ipynb #74d20cca
 def _pieces(tokenizer, text, spans):
     "Ids and mask from a tokenizer without character offsets: tokenise between the span edges."
     edges = [0, *(x for s in spans for x in s), len(text)]
@@ -485,7 +495,7 @@ def _fit_chat(ids, on, limit):
     if len(on): on[0] = False
     return Encoded(ids, on, cut)
 
-# %% ../nbs/01_data.ipynb #f45565fc
+# %% ../nbs/01_data.ipynb #9c69313f
 def encode_samples(
     samples,            # `Sample`s, all of one kind or mixed
     tokenizer,          # a transformers tokenizer
@@ -505,7 +515,7 @@ def _encode(samples, tokenizer, limit):
         return fit(p[:len(p)-extra], a+eos if s.response else [], limit, tokenizer.bos_token_id)
     return [one(s) for s in samples]
 
-# %% ../nbs/01_data.ipynb #f404b404
+# %% ../nbs/01_data.ipynb #a4bf1fe7
 def plan_batches(
     lengths,           # [N] tokens to compute in each row
     budget:int=4096,   # most tokens in a batch, padding included
@@ -517,6 +527,7 @@ def plan_batches(
         out.append(order[i:i+n]); i += n
     return out
 
+# %% ../nbs/01_data.ipynb #b5a8dfaf
 def common_prefix(
     encoded,           # `Encoded` rows
 )->int:                # how many leading tokens all rows share, never reaching a token whose output is needed
@@ -527,7 +538,7 @@ def common_prefix(
     same = lo[:len(hi)] == hi[:len(lo)]
     return int(len(same) if same.all() else same.argmin())
 
-# %% ../nbs/01_data.ipynb #d2b8f96f
+# %% ../nbs/01_data.ipynb #c56ae070
 def _forks(keys):
     "(tokens, start, stop) of every run of sorted `keys` that begin alike, the widest first."
     same = lambda a, b: int(np.append(a[:len(b)] != b[:len(a)], True).argmax())
@@ -538,6 +549,7 @@ def _forks(keys):
         if stack[-1][0] < d: stack.append((d, a))
     return sorted(out, key=lambda x: (x[1], -x[2]))
 
+# %% ../nbs/01_data.ipynb #5e2745d3
 def _cuts(forks, total, least):
     "Those forks that save enough over the cut they lie in, as [tokens, start, stop, number of the cut that they go on from]."
     free, out, path = (lambda n, a, b: b-a == total and n >= 4), [], []
@@ -558,6 +570,7 @@ def _cuts(forks, total, least):
         out[i] = None
     return out
 
+# %% ../nbs/01_data.ipynb #860602b8
 def prefix_groups(
     encoded,           # `Encoded` rows
     least:int=1024,    # fewest tokens that a prefix must save
@@ -572,7 +585,7 @@ def prefix_groups(
     out = [(keys[order[cuts[i][1]]][:cuts[i][0]], number.get(cuts[i][3]), np.sort(order[group == i])) for i in kept]
     return out + [(np.zeros(0, np.int32), None, rest)]*(len(rest) > 0)
 
-# %% ../nbs/01_data.ipynb #8ca218e9
+# %% ../nbs/01_data.ipynb #44ac8666
 def _key(x): return x if isinstance(x, str) else int(x) if isinstance(x, Integral) and not isinstance(x, bool) else None
 
 class _Rows(NamedTuple):
@@ -587,6 +600,7 @@ def _ids(texts, second):
     "A content hash and an occurrence number for each row."
     return list(numbered(content_hash(t, str(y)) for t, y in zip(texts, second)))
 
+# %% ../nbs/01_data.ipynb #7030c59c
 def _need(field, columns, how, row=None):
     where, there = f'row {row}: the' if row else 'The', ', '.join(visible(repr(c), 40) for c in columns) or 'none'
     if field not in columns: raise DataError(f'{where} field {field!r} is missing; there are {there}. Name it with {how}= (--{how.replace("_", "-")}).')
@@ -601,7 +615,7 @@ def _checked(texts, labels, back, text_field, label_field, ids=None, second=None
     labels = [*map(_key, labels)]; second = second or labels
     return _Rows(texts, labels, ids or _ids(texts, second), second, back)
 
-# %% ../nbs/01_data.ipynb #167ea7d7
+# %% ../nbs/01_data.ipynb #3fdf8e2e
 def _from_samples(rows, text_field, label_field):
     metas = [s.meta for s in rows]
     if chat := next((s for s in rows if s.messages is not None), None):
@@ -622,7 +636,7 @@ def _from_dicts(rows, text_field, label_field):
     back = lambda texts, ids: [{**r, text_field: t} for r, t in zip(rows, texts)]
     return _checked([r[text_field] for r in rows], [r[label_field] for r in rows], back, text_field, label_field)
 
-# %% ../nbs/01_data.ipynb #abadbc8e
+# %% ../nbs/01_data.ipynb #7a1849da
 def _from_frame(rows, text_field, label_field):
     import pandas as pd
     def back(texts, ids):
@@ -638,6 +652,7 @@ def _from_dataset(rows, text_field, label_field):
         return out.with_format(f['type'], f['columns'], f['output_all_columns'], **f['format_kwargs'])
     return _checked(list(plain[text_field]), list(plain[label_field]), back, text_field, label_field)
 
+# %% ../nbs/01_data.ipynb #e1f5d61b
 def _taken(rows, text_field, label_field):
     "Rows of any kind as texts with labels."
     if isinstance(rows, Source): rows = as_samples(rows)
@@ -649,7 +664,7 @@ def _taken(rows, text_field, label_field):
     for field, how in ((text_field, 'text_field'), (label_field, 'label_field')): _need(field, rows.column_names if dataset else list(rows.columns), how)
     return (_from_dataset if dataset else _from_frame)(rows, text_field, label_field)
 
-# %% ../nbs/01_data.ipynb #038b244e
+# %% ../nbs/01_data.ipynb #c37b7bf4
 def load_rows(
     source,                 # a file, folder or hub name; or a dataset, a frame, a list of dicts
     split:str|None=None,    # split of a data set that has several
@@ -659,12 +674,14 @@ def load_rows(
     if not (out := [row for _, row, _ in rows]): raise DataError(f'{visible(name)}: there are no rows in it; give at least one.')
     return out
 
+# %% ../nbs/01_data.ipynb #36d0eb78
 def _to_csv(rows, f, delimiter=','):
     w = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)), delimiter=delimiter, lineterminator='\n')
     w.writeheader(); w.writerows(rows)
 
 WRITERS = {'.jsonl': lambda rows, f: f.writelines(_dump(r)+'\n' for r in rows), '.csv': _to_csv, '.tsv': partial(_to_csv, delimiter='\t')}  # file ending -> function(rows, file)
 
+# %% ../nbs/01_data.ipynb #a90bafa9
 def check_target(
     path,         # a file, perhaps not there yet
     source=None,  # what is read; what is no file is passed over
@@ -676,6 +693,7 @@ def check_target(
     if not there.is_dir() or not os.access(there, os.W_OK): raise DataError(f'{visible(path)} cannot be written: {visible(there)} {"does not allow it" if there.is_dir() else "is a file"}; choose another place.')
     if path.exists() and isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and os.path.samefile(path, source): raise DataError(f'{visible(path)} is what is read and would be overwritten; choose another file.')
 
+# %% ../nbs/01_data.ipynb #ec2d25d7
 def write_rows(
     rows,         # dicts
     path,         # ends in one of `WRITERS`; its folder is made where missing
