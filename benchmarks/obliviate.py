@@ -45,7 +45,8 @@ def blocks():
         'clean': (('clean',), sst, grid(arms=('none', 'both'), **fast)),
         'words muted': (('POR', 'clean'), sst, grid(arms=('words muted',), **fast)),                        # the words that `benchmarks.backbone --scan` found and stored
         'words muted, paper rate': (por, sst, grid(arms=('words muted',))),
-        'words muted, others': (('UOR', 'POR, adaptive'), sst, grid(arms=('words muted',), **fast)),
+        'words muted, others': (('UOR',), sst, grid(arms=('words muted',), **fast)),
+        'words muted, adaptive': (('POR, adaptive',), sst, grid(arms=('words muted',), **fast)),
         'UOR': (('UOR',), sst, grid(arms=TERMS, **fast)),
         'frontier': (por, sst, grid(arms=PAIRS, **fast)),
         'paper, defended': (por, sst, grid(kinds=('houlsby',), arms=('none', 'both'), steps=(2500,))),
