@@ -64,7 +64,8 @@ def test_arms_are_what_they_say(folders, tmp_path, trained):
     grid = replace(GRID, arms=tuple(n for n in ARMS if n != 'onion'))
     t = run(folders, grid, tmp_path).set_index('arm')
     assert (t['status'] == 'done').all(), t['reason'].tolist()
-    assert trained == [('lora', 0., 0., None), ('lora', 0., 0., 0.), ('lora', 3e-3, 0., None), ('lora', 0., 3e-2, None), ('lora', 3e-3, 3e-2, None), ('lora', 0., 0., None), ('lora', 0., 0., None)]
+    assert trained == [('lora', 0., 0., None), ('lora', 0., 0., 0.), ('lora', 3e-3, 0., None), ('lora', 0., 3e-2, None), ('lora', 3e-3, 3e-2, None), ('lora', 0., 0., None), ('lora', 0., 0., None), ('lora', 0., 0., None)]
+    words = json.loads(next((tmp_path/'scans').iterdir()).read_text()); assert t['muted']['words muted'] == len(words) and t['muted_words']['words muted'].split('; ') == words[:20] if words else t['muted']['words muted'] == 0
     assert math.isclose(t['peft_norm']['norm-matched'], t['peft_norm']['amp'], rel_tol=1e-4) and t['peft_norm']['norm-matched'] != t['peft_norm']['none']
     assert t.loc['heads pruned', 'mass'] != t.loc['none', 'mass'] and t.loc['rescaled', 'spectral_share'] in (0, .1, .25, .5, 1)
     assert t['mass'].between(0, 1).all() and t['cosine'].between(-1, 1).all()
