@@ -542,7 +542,7 @@ def chosen_weights(
     drop:float=1.,        # points of accuracy on the texts to validate on that a defence may cost
 )->pd.DataFrame:          # one row per setting: the arm that `pick_weights` points to
     "Which weights the rule takes, that sees clean texts only."
-    done = table[(table['status'] == 'done') & ~table['arm'].isin([n for n, d in ARMS.items() if {*d}-{'lambda_amp', 'lambda_reg'}])]
+    done = table[(table['status'] == 'done') & ~table['arm'].isin([n for n, d in ARMS.items() if {*d}-{'lambda_amp', 'lambda_reg'}])].copy()
     picks = [g.iloc[pick_weights(g.assign(accuracy=g['valid']), drop)] for _, g in done.groupby(list(SETTING), dropna=False, sort=False) if (g['arm'] == 'none').any() and len(g) > 1]
     return pd.DataFrame(picks).reset_index(drop=True)
 
@@ -624,4 +624,4 @@ def frontier_chart(
 # %% ../nbs/45_obliviate_study.ipynb #045b0037
 def stored_obliviate()->pd.DataFrame:   # one row per cell
     "The stored study, as it comes with the package."
-    return pd.read_csv(files('gradsentry_nb')/'demo_data'/'obliviate.csv', keep_default_na=False, na_values=[''], dtype=dict.fromkeys(('right_bits', 'flipped_bits', 'control_bits'), str))
+    return pd.read_csv(files('gradsentry_nb')/'demo_data'/'obliviate.csv', keep_default_na=False, na_values=[''], dtype=dict.fromkeys(('right_bits', 'flipped_bits', 'control_bits'), str)).copy()   # in one piece
