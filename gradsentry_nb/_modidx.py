@@ -362,6 +362,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                                                                     'gradsentry_nb/backbone_scan.py'),
                                              'gradsentry_nb.backbone_scan._groups': ( 'backbone_scan.html#_groups',
                                                                                       'gradsentry_nb/backbone_scan.py'),
+                                             'gradsentry_nb.backbone_scan._known': ( 'backbone_scan.html#_known',
+                                                                                     'gradsentry_nb/backbone_scan.py'),
                                              'gradsentry_nb.backbone_scan._probed': ( 'backbone_scan.html#_probed',
                                                                                       'gradsentry_nb/backbone_scan.py'),
                                              'gradsentry_nb.backbone_scan._tail': ( 'backbone_scan.html#_tail',

@@ -30,6 +30,11 @@ def whole_words(
     plain = {t[len(begins):]: (i,) for t, i in sorted(vocab.items(), key=lambda x: x[1]) if t.startswith(begins) and not t.startswith('##') and t not in special and not _FREE.fullmatch(t)}
     return {w: i for w, i in plain.items() if w}
 
+def _known(tokenizer, words):
+    "Word -> its tokens inside a text; none for a word that the tokenizer does not know."
+    rows = tokenizer([f' {w}' for w in words], add_special_tokens=False)['input_ids'] if words else []
+    return {w: () if tokenizer.unk_token_id in r else tuple(r) for w, r in zip(words, rows)}
+
 def word_tokens(
     tokenizer,     # any
     words=None,    # strings; None: the tokenizer's own
@@ -37,16 +42,15 @@ def word_tokens(
     "Words as tuples of tokens; a `SettingError` for one that the tokenizer does not know."
     if words is None: return whole_words(tokenizer)
     if isinstance(words, str) or not all(isinstance(w, str) for w in words): raise SettingError('words= is a list of strings.')
-    words = list(dict.fromkeys(words)); rows = tokenizer([f' {w}' for w in words], add_special_tokens=False)['input_ids'] if words else []
-    if lost := [w for w, r in zip(words, rows) if not r or tokenizer.unk_token_id in r]: raise SettingError(f'The tokenizer does not know {visible(repr(lost[0]), 60)}; leave it out.')
-    return {w: tuple(r) for w, r in zip(words, rows)}
+    tokens = _known(tokenizer, list(dict.fromkeys(words)))
+    if lost := [w for w, t in tokens.items() if not t]: raise SettingError(f'The tokenizer does not know {visible(repr(lost[0]), 60)}; leave it out.')
+    return tokens
 
 def letter_pairs(
     tokenizer,     # any
 )->list:           # such as ['aa', 'ab', ...]
     "Pairs of letters that a tokenizer knows, in one piece or in two: short, in no sentence, and so what triggers are made of."
-    pairs = [a+b for a, b in product(ascii_lowercase, repeat=2)]
-    return [w for w, r in zip(pairs, tokenizer([f' {w}' for w in pairs], add_special_tokens=False)['input_ids']) if r and tokenizer.unk_token_id not in r]
+    return [w for w, t in _known(tokenizer, [a+b for a, b in product(ascii_lowercase, repeat=2)]).items() if t]
 
 # %% ../nbs/37_backbone_scan.ipynb #b37e0009
 def _gaps(tokenizer, texts, n, words, seed):
@@ -168,7 +172,7 @@ def mute_words(
     words,             # such as `scan.found['word']`
 )->tuple:              # (a copy of the model, a copy of the tokenizer)
     "A model that reads some words as it reads words that it does not know."
-    inside = word_tokens(tokenizer, list(words)); first = tokenizer(list(inside), add_special_tokens=False)['input_ids'] if inside else []   # after a space, and at the start of a text
+    inside = word_tokens(tokenizer, words if isinstance(words, str) else list(words)); first = tokenizer(list(inside), add_special_tokens=False)['input_ids'] if inside else []   # after a space, and at the start of a text
     model, tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
     single = {r[0] for pair in zip(inside.values(), first) for r in pair if len(r) == 1}; several = [w for w, r in zip(inside, first) if len(inside[w]) > 1 or len(r) > 1]
     tokenizer.add_tokens([AddedToken(w, single_word=True, lstrip=True, normalized=True) for w in several])

@@ -63,6 +63,7 @@ def test_rest_is_left_as_it_was_found(toy):
     try:
         m.train(); m.pooler.eval()
         with pytest.raises(ZeroDivisionError), evaluating(m): assert not m.training; raise ZeroDivisionError
+        assert not encode(m, toy[1], TEXTS[:1]).requires_grad, 'encoding keeps no gradients'
         assert m.training and not m.pooler.training and torch.is_grad_enabled()
     finally: m.eval()
 
@@ -284,6 +285,10 @@ def test_words_are_muted_at_the_start_and_in_the_middle_of_a_text():
     for text, k in ((f'{word} {other}', 0), (f'{other} {word}', -1), ('zqx', 0), (f'{word} zqx', -1)): assert torch.equal(row(text, k), old.mean(0)), text
     assert tokenizer.tokenize(f'{other} zqxy') == t.tokenize(f'{other} zqxy')
     same = (weight[:len(old)] == old).all(1); assert 0 < (~same).sum() <= 2
+
+
+def test_one_string_is_no_list_of_words(por):
+    with pytest.raises(SettingError, match='words= is a list of strings'): mute_words(por.model, por.tokenizer, 'cf')
 
 
 def test_pairs_of_letters_are_those_that_a_tokenizer_knows(toy):
