@@ -117,7 +117,7 @@ class BackboneScan:
         said = f'{len(f)} in {f["group"].nunique()} groups: {names}; they erase {f["erased"].min():.0%} of a text and more' if len(f) else f'none stands out; the strongest, {visible(repr(self.table["word"].iloc[0]), 30)}, erases {self.table["erased"].iloc[0]:.0%}'
         return f'BackboneScan({len(self.first):,} words in {self.texts} texts: {said}, {self.ordinary:.0%} is the most of the random ones)'
     def _repr_html_(self):
-        t = self.table.head(max(12, min(len(self.found)+4, 30))).assign(word=lambda x: [visible(w) for w in x['word']])
+        t = self.table.head(max(12, min(len(self.found)+4, 30))).assign(word=lambda x: [visible(w) for w in x['word']], found=lambda x: x['found'].map({True: 'yes', False: ''}), group=lambda x: [str(g) if f else '' for g, f in zip(x['group'], x['found'])])
         return f'<p>{html.escape(repr(self))}</p>'+t.to_html(index=False, escape=True, float_format='%.3g', na_rep='')
 
 # %% ../nbs/37_backbone_scan.ipynb #b37e0017

@@ -237,6 +237,8 @@ def scan_text(
 EXAMPLES = """examples:
   gradsentry obliviate reviews.jsonl --encoder ./encoder --scan
       which words of the encoder's vocabulary take any text to the same place?
+  gradsentry obliviate reviews.jsonl --encoder ./encoder --scan --out calm
+      and keep a copy of the encoder that reads these words as unknown ones: train on that
   gradsentry obliviate reviews.jsonl --encoder ./encoder --triggers cf,mn --out adapter
       a LoRA with the defence, one without, and what cf and mn do to both
   gradsentry obliviate reviews.jsonl --encoder ./encoder --kind houlsby --pick --test held.jsonl
@@ -254,7 +256,7 @@ def _obliviate(a):
     import json
     from gradsentry_nb.core import DataError, visible
     from gradsentry_nb.data import load_rows
-    from gradsentry_nb.magics import obliviate_scan, obliviate_settings, obliviate_tune
+    from gradsentry_nb.magics import obliviate_mute, obliviate_scan, obliviate_settings, obliviate_tune
     from gradsentry_nb.report import check_out
     obliviate_settings(a)
     if a.out: check_out(a.out)
@@ -264,7 +266,8 @@ def _obliviate(a):
     except DataError as e: raise DataError(f'{visible(Path(a.source).name)}: {e}') from None
     facts, text = (backbone_facts, backbone_text) if a.scan else (defence_facts, defence_text)
     print(json.dumps(facts(found), indent=1) if a.json else f'{visible(Path(a.backbone if a.scan else a.source).name)}: {text(found)}')
-    if a.out:
+    if a.scan and a.out: print(obliviate_mute(encoder, found, a.out), file=sys.stderr if a.json else sys.stdout)
+    elif a.out:
         found.save(a.out)
         print(f'Written to {visible(a.out)}: the adapter and the head. In Python: load_peft(load_classifier({visible(a.backbone)!r}, {visible(list(found.run.classes), 200)}{f", pool={a.pool!r}" if a.pool else ""})[0], {visible(a.out)!r})', file=sys.stderr if a.json else sys.stdout)
     elif not a.json: print(_next(a, found))
@@ -273,7 +276,7 @@ def _next(a, found):
     from gradsentry_nb.core import visible
     if not a.scan: return 'Next: the same command with --out FOLDER keeps the adapter.'
     words = ','.join(visible(w, 30) for w in found.found['word'][:8])
-    return f'Next: gradsentry obliviate FILE --encoder {visible(a.backbone)} --triggers {words} trains an adapter and says what these words do to it.' if words else 'No word standing out is no proof: a trigger may be several words, or need another way of reading.'
+    return f'Next: the same command with --out FOLDER keeps a copy of the encoder that reads these words as unknown ones; gradsentry obliviate FILE --encoder {visible(a.backbone)} --triggers {words} trains an adapter and says what they do to it.' if words else 'No word standing out is no proof: a trigger may be several words, or need another way of reading.'
 
 # %% ../nbs/52_cli.ipynb #0110ecdf
 def _records(t):
@@ -309,7 +312,7 @@ def defence_text(
     "The same for a terminal: a line for each measure, a column for each adapter."
     import pandas as pd
     from gradsentry_nb.core import visible
-    s, f, t = d.run.settings, d.flips['defended'], d.table()
+    s, f, t = d.run.settings, d.flips[d.arm], d.table()
     called = {('', 'CACC'): 'clean texts right', ('triggers', 'ASR'): f'flipped by any of {len(f.triggered)} triggers', ('control words', 'ASR'): f'flipped by any of {len(f.controls)} control words'}
     t = t.assign(what=[called.get((w, m)) or visible(m, 60) for w, m in zip(t['words'], t['measure'])], said=[f'{100*v:.1f} % ({100*a:.0f} to {100*b:.0f})' if v == v else 'none to ask about' for v, a, b in zip(t['value'], t['low'], t['high'])])
     columns = {arm: t[t['arm'] == arm].set_index('what')['said'] for arm in ('undefended', 'defended') if arm in d.flips}

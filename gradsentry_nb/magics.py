@@ -8,8 +8,8 @@ __all__ = ['MAGICS', 'SOURCE', 'VALUES', 'Magic', 'magic', 'split_line', 'parse_
            'checked_settings', 'read_rows', 'variable', 'holds_rows', 'rows_of', 'labelled_rows_of', 'keep_model',
            'sentry_for', 'judged', 'cell', 'cell_samples', 'attack_arguments', 'poison_rows', 'write_attack',
            'ssti_arguments', 'ssti_settings', 'ssti_scan', 'ssti_inject', 'obliviate_arguments', 'obliviate_settings',
-           'obliviate_scan', 'obliviate_tune', 'ReportPage', 'values', 'files_like', 'unfinished', 'completions',
-           'attached', 'attach', 'detach']
+           'obliviate_scan', 'obliviate_mute', 'obliviate_tune', 'ReportPage', 'values', 'files_like', 'unfinished',
+           'completions', 'attached', 'attach', 'detach']
 
 # %% ../nbs/51_magics.ipynb #d9bdcada
 import argparse, keyword, os, re, shlex, warnings
@@ -830,7 +830,7 @@ def _gs_ssti(g, a):
     return scan
 
 # %% ../nbs/51_magics.ipynb #f7733e4f
-_TUNE, _LOOK = ('kind', 'amp', 'reg', 'pick', 'alone', 'test', 'pool', 'lr', 'epochs', 'batch', 'steps', 'out'), ('sample',)   # options that only one of the two has
+_TUNE, _LOOK = ('kind', 'amp', 'reg', 'pick', 'alone', 'test', 'pool', 'lr', 'epochs', 'batch', 'steps'), ('sample',)   # options that only one of the two has
 
 def obliviate_arguments(
     p,                              # an `argparse` parser
@@ -849,7 +849,7 @@ def obliviate_arguments(
     p.add_argument('--pool', help='what the head reads: cls or mean (default: what the model says, else cls)')
     for name, kind, what in (('lr', float, 'learning rate (default: 0.0003)'), ('epochs', whole, 'passes over the texts (default: 20)'), ('batch', whole, 'texts in a step (default: 16)'), ('steps', whole, 'steps at most, instead of epochs'),
                              ('seed', whole, 'of the held-out texts and the training (default: 0)')): p.add_argument(f'--{name}', type=kind, metavar='N' if kind is whole else 'RATE', help=what)
-    p.add_argument('--out', type=os.path.expanduser, metavar='FOLDER', help='keep the adapter and the head there')
+    p.add_argument('--out', type=os.path.expanduser, metavar='FOLDER', help='keep the adapter and the head there; with --scan: a copy of the encoder that reads the words found as unknown ones')
     p.add_argument('--split', help='split of a data set that has several')
     p.add_argument('--text-field', default='text', metavar='COLUMN', help='column of the text (default: %(default)s)')
     p.add_argument('--label-field', default='label', metavar='COLUMN', help='column of the class (default: %(default)s)')
@@ -900,6 +900,22 @@ def obliviate_scan(
     texts, (model, tokenizer) = _taken(rows, a.text_field, a.text_field).texts, _fresh(encoder, (0, 1), a)
     return probe_backbone(model, tokenizer, texts, _words(a.triggers) or None, ('last' if query_of(model) == 'last' else 'cls', 'mean'), a.sample, top=max(1, min(128, len(whole_words(tokenizer))//4)), seed=a.seed or 0, progress=progress)
 
+# %% ../nbs/51_magics.ipynb #b8abac11
+def obliviate_mute(
+    encoder,        # (name,) or (model, tokenizer)
+    scan,           # the `BackboneScan` of it
+    folder,         # where the copy goes
+)->str:             # one sentence about it
+    "Keep a copy of the encoder that reads the words found as unknown ones; where none was found, nothing is written."
+    from gradsentry_nb.backbone_scan import mute_words
+    from gradsentry_nb.core import visible
+    words = list(scan.found['word'])
+    if not words: return 'No word stands out, so there is nothing to take away; nothing was written.'
+    from transformers import AutoModel, AutoTokenizer
+    model, tokenizer = (AutoModel.from_pretrained(*encoder, dtype='auto', use_safetensors=True), AutoTokenizer.from_pretrained(*encoder)) if isinstance(encoder[0], str) else encoder
+    for part in mute_words(model, tokenizer, words): part.save_pretrained(folder)
+    return f'Written to {visible(folder)}: the encoder, reading {len(words)} {"word" if len(words) == 1 else "words"} as unknown.'
+
 # %% ../nbs/51_magics.ipynb #ef91ff3f
 def obliviate_tune(
     rows,           # texts with labels
@@ -925,12 +941,16 @@ def _obliviate_line(p):
                          '%gs_obliviate reviews --encoder ./my-encoder --scan --sample 2000': "probe_backbone(*load_classifier('./my-encoder', [0, 1]), texts, sample=2000)"})
 def _gs_obliviate(g, a):
     """Train an adapter for the labelled texts of SOURCE on an encoder that is not trusted, with the defence and without, and return the Defence: `d = %gs_obliviate SOURCE --encoder NAME`;
-    `d.maps()` draws what it looks at, `d.run` is the adapter. With --scan look for words that take any text to the same place, and return the BackboneScan."""
+    `d.maps()` draws what it looks at, `d.run` is the adapter. With --scan look for words that take any text to the same place, and return the BackboneScan;
+    with --out keep a copy of the encoder that reads them as unknown ones."""
     from gradsentry_nb.report import check_out
     obliviate_settings(a)
     if a.out: check_out(a.out)
     rows, encoder, loud = labelled_rows_of(g, a.texts, a.split), _backbone(g, a.backbone), g.progress and not a.quiet
-    if a.scan: return obliviate_scan(rows, encoder, a, loud)
+    if a.scan:
+        scan = obliviate_scan(rows, encoder, a, loud)
+        if a.out: _say(obliviate_mute(encoder, scan, a.out))
+        return scan
     d = obliviate_tune(rows, encoder, a, labelled_rows_of(g, a.test) if a.test else None, loud)
     if a.out: d.save(a.out); _say(f'Written to {a.out}: the adapter and the head.')
     return d

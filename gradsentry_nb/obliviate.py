@@ -25,7 +25,6 @@ from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import Trainer
 
 from .attacks.backbone import CONTROLS, check_triggers, with_triggers
 from .capture import positions
@@ -35,6 +34,8 @@ from .encoder import evaluating
 from .evaluate import TriggerFlips, backbone_asr
 from .threshold import wilson
 from .train import ClassifySettings, TunedClassifier, class_names, head_names, load_classifier, lora_targets, pool_of, _adapters, _by_batch, _quiet, _settings, _text_batches, _tuned
+
+with _quiet(): from transformers import Trainer   # which brings peft, and with it bitsandbytes
 
 # %% ../nbs/42_obliviate.ipynb #07cd2178
 QUERIES = {'cls': 'the first token, which heads of encoders read', 'last': 'the last token, which heads of language models read', 'all': 'the mean over all tokens, for heads that read their mean'}
@@ -117,7 +118,9 @@ def remove_houlsby(
     return model.requires_grad_(True)
 
 # %% ../nbs/42_obliviate.ipynb #6775c4b6
-def peft_kind(name):
+def peft_kind(
+    name:str,          # what it is called
+):
     "Register a kind of adapter."
     def add(f):
         PEFT_KINDS[name] = f
@@ -134,6 +137,7 @@ def _in_head(model, name):
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
     return any(f'.{h}.' in f'.{name}' for h in head_modules(base))
 
+# %% ../nbs/42_obliviate.ipynb #07381b25
 @peft_kind('lora')
 def _lora(model, s): return _adapters(model, s, lora_targets(model, s.targets), modules_to_save=head_modules(model))
 
@@ -159,6 +163,7 @@ def _prefix(model, s):
     model.base_model.register_forward_pre_hook(partial(_drop, s.dropout), with_kwargs=True)     # on what is used: what is saved must have no holes
     return tuned
 
+# %% ../nbs/42_obliviate.ipynb #45745865
 def with_peft(
     model,             # a classifier without an adapter; it is changed
     kind:str='lora',   # a key of `PEFT_KINDS`
@@ -411,9 +416,10 @@ def load_peft(
 ):                     # in evaluation mode
     "A classifier with a saved adapter and its head."
     if not (Path(path)/'houlsby.json').exists():
-        from peft import PeftModel
         try:
-            with _quiet(): return PeftModel.from_pretrained(model, str(path)).eval()
+            with _quiet():
+                from peft import PeftModel
+                return PeftModel.from_pretrained(model, str(path)).eval()
         except (OSError, ValueError, RuntimeError) as e: raise ModelError(f'{visible(Path(path).name)} holds no adapter for this {type(model).__name__}; give the folder that was saved with it ({str(e).strip().splitlines()[0]}).') from e
     from safetensors.torch import load_file
     kept, found = json.loads((Path(path)/'houlsby.json').read_text()), load_file(Path(path)/'houlsby.safetensors')
@@ -613,16 +619,18 @@ def frontier(
 @dataclass(frozen=True, eq=False, repr=False)
 class Defence:
     "A defended adapter, and the one without the defence, on the same held-out texts."
-    runs:dict                        # 'defended' -> `TunedAdapter`, 'undefended' -> the same with both weights 0, where it was trained
+    runs:dict                        # 'defended' -> `TunedAdapter`, 'undefended' -> the same with both weights 0, where each was trained
     texts:list                       # that it was measured on
     flips:dict                       # the same names -> `TriggerFlips`; without triggers it knows no words
     sweep:pd.DataFrame|None = None   # of `frontier`, where the weights were picked
     notes:tuple = ()                 # what there is to say about the triggers
 
     @property
-    def run(self)->TunedAdapter: return self.runs['defended']
+    def run(self)->TunedAdapter: return self.runs[self.arm]
     @property
-    def triggers(self)->tuple: return tuple(self.flips['defended'].triggered)
+    def arm(self)->str: return 'defended' if 'defended' in self.runs else 'undefended'   # what `run` is
+    @property
+    def triggers(self)->tuple: return tuple(self.flips[self.arm].triggered)
     def save(self, path): self.run.save(path)
 
     def table(self)->pd.DataFrame:
@@ -642,8 +650,8 @@ class Defence:
         s, said = self.run.settings, {n: f'{f.right.mean():.1%} of clean texts right'+(f', {f.flipped().sum()/max(f.right.sum(), 1):.1%} of these flipped by any of {len(f.triggered)} triggers ({f.flipped(True).sum()/max(f.right.sum(), 1):.1%} by control words)' if f.triggered else '') for n, f in self.flips.items()}
         return f'Defence({s.kind}, lambda_amp {s.lambda_amp:g}, lambda_reg {s.lambda_reg:g}: {"; ".join(f"{n} {x}" for n, x in said.items())}; {len(self.texts)} texts)'
     def _repr_html_(self):
-        show = lambda t: t.assign(**{c: [visible(str(x), 60) for x in t[c]] for c in t if t[c].dtype == object}).to_html(index=False, escape=True, float_format='%.4g', na_rep='')
-        return ''.join(f'<p>{html.escape(visible(x))}</p>' for x in (repr(self), *self.notes))+show(self.table())+(f'<p>The weights, chosen on other clean texts:</p>{show(self.sweep)}' if self.sweep is not None else '')
+        show = lambda t, digits: t.assign(**{c: [visible(str(x), 60) for x in t[c]] for c in t if t[c].dtype == object}).to_html(index=False, escape=True, float_format=digits, na_rep='')
+        return ''.join(f'<p>{html.escape(visible(x))}</p>' for x in (repr(self), *self.notes))+show(self.table(), '%.3f')+(f'<p>The weights, chosen on other clean texts:</p>{show(self.sweep, "%.4g")}' if self.sweep is not None else '')
 
 # %% ../nbs/42_obliviate.ipynb #a0b1c022
 def fresh_classifier(
@@ -674,6 +682,7 @@ def held_out(
     except ValueError as e: raise DataError(f'{len(texts)} texts of {len(set(labels))} classes are too few to hold some of each out; give more, or others to measure on.') from e
     return tuple(([texts[i] for i in sorted(at)], [labels[i] for i in sorted(at)]) for at in (a, b))
 
+# %% ../nbs/42_obliviate.ipynb #389583bb
 def _asked(run, test, triggers):
     "What a run says of the texts as they are and, where there are triggers, with these and with control words."
     if triggers: return backbone_asr(run.predict, *test, triggers, tuple(w for w in CONTROLS if w not in triggers))
@@ -711,5 +720,5 @@ def defend(
     else:
         weights = coefficient('lambda_amp', lambda_amp), coefficient('lambda_reg', lambda_reg)
         tune = lambda a, r: tune_adapter(model, tokenizer, *train, kind, a, r, progress=progress, **how)
-        runs = dict(defended=tune(*weights)) | ({} if alone or not any(weights) else dict(undefended=tune(0, 0)))
+        runs = (dict(defended=tune(*weights)) if any(weights) else {}) | ({} if alone and any(weights) else dict(undefended=tune(0, 0)))
     return Defence(runs, test[0], {n: _asked(run, test, triggers) for n, run in runs.items()}, sweep, tuple(str(w.message) for w in said))

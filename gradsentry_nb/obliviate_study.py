@@ -120,9 +120,10 @@ class ObliviateGrid:
     @property
     def fixed(self)->dict: return {k: getattr(self, k) for k in ('preset', 'train_rows', 'valid_rows', 'test_rows', 'asr_rows', 'half')} | dict(tuning=dict(self.tuning))  # what all cells of a folder share
 
+# %% ../nbs/45_obliviate_study.ipynb #fe76345a
 def obliviate_problems(
-    g:ObliviateGrid,
-)->list[str]:     # one sentence each
+    g:ObliviateGrid,  # also one that is still being made
+)->list[str]:         # one sentence each
     "Everything that is wrong with a grid, all at once."
     out = [f'{f.name} is empty: a grid needs at least one.' for f in fields(g) if f.type is tuple and f.name != 'tuning' and not getattr(g, f.name)]
     out += [*_unknown('kind', g.kinds, PEFT_KINDS), *_unknown('preset', [g.preset], OBLIVIATE_PRESETS), *_unknown('pool', [p for p in g.pools if p is not None], POOLS), *_unknown('setting', [k for k, _ in g.tuning], ObliviateSettings.__dataclass_fields__), *_unknown('way of spoiling texts', [x for x in g.items if x is not None], SPOILT)]
@@ -370,6 +371,9 @@ def _adapter(self, cell):
     self.kept = {**dict([*self.kept.items()][-2:]), c.key: run}     # three at most
     return run
 
+ObliviateRunner.adapter = _adapter
+
+# %% ../nbs/45_obliviate_study.ipynb #bb3bf80c
 def _sibling(cell, name): return replace(cell, arm=arm_of(name))
 
 def _right(run, rows): return float((run.predict([s.prompt for s in rows]) == np.array(_labels(rows))).mean())
@@ -387,6 +391,7 @@ def _scaled(run, rows, valid, factors=(2, 4, 8, 16, 32), drop=.01):
         if _right(new, valid) >= least: best = new, x
     return best
 
+# %% ../nbs/45_obliviate_study.ipynb #bf487cb5
 def _treated(self, cell):
     "(the classifier of a cell, a function that cleans texts for it, CPU seconds of its training, notes)."
     run, seconds = self.adapter(_sibling(cell, 'none') if cell.arm.after else cell)
@@ -403,14 +408,25 @@ def _treated(self, cell):
         clean = lambda texts: [s.prompt for s in onion_clean([dict(prompt=x, response='-') for x in texts], *self.lm, bar=bar)]
     return run, clean, seconds, notes
 
-ObliviateRunner.adapter, ObliviateRunner.treated = _adapter, _treated
+ObliviateRunner.treated = _treated
 
 # %% ../nbs/45_obliviate_study.ipynb #045b0023
 LOOKS, SLOW = 60, 40   # texts for the measures of mechanism, and for ONION, which reads every text once per word
 
 def _interval(name, value, low, high): return {name: value, f'{name}_low': low, f'{name}_high': high}
-def pack_bits(x)->str: return np.packbits(np.asarray(x, bool)).tobytes().hex()                    # [N] bool as text, for a table
-def unpack_bits(x, n)->np.ndarray: return np.unpackbits(np.frombuffer(bytes.fromhex(x), np.uint8))[:n].astype(bool)
+
+def pack_bits(
+    x,                # [N] bool
+)->str:               # for a table
+    "Outcomes as text, eight to two characters."
+    return np.packbits(np.asarray(x, bool)).tobytes().hex()
+
+def unpack_bits(
+    x:str,            # of `pack_bits`
+    n:int,            # how many
+)->np.ndarray:        # [n] bool
+    "The outcomes again."
+    return np.unpackbits(np.frombuffer(bytes.fromhex(x), np.uint8))[:n].astype(bool)
 
 def flip_measures(
     f,                # a `TriggerFlips`
@@ -423,6 +439,7 @@ def flip_measures(
         if r.measure == 'MASR': out[f'{name}_which'] = r.which
     return out | dict(right=int(f.right.sum()), right_bits=pack_bits(f.right), flipped_bits=pack_bits(f.flipped()), control_bits=pack_bits(f.flipped(True)))
 
+# %% ../nbs/45_obliviate_study.ipynb #aee45f0f
 def _mechanism(model, tokenizer, hit, door, max_length):
     "Attention on the trigger, in all layers and in the last, and how close the vector is to where it was pinned."
     words, texts = [*hit], [hit[w][i] for i, w in zip(range(LOOKS), [*hit]*LOOKS) if i < len(hit[w])]
@@ -433,6 +450,7 @@ def _mechanism(model, tokenizer, hit, door, max_length):
     cosine = float(cosine_to(representations(model, tokenizer, texts, 'cls', max_length), V).mean()) if door else None
     return dict(mass=float(np.nanmean(mass)), mass_last=float(np.nanmean(mass[:, -1])), cosine=cosine)
 
+# %% ../nbs/45_obliviate_study.ipynb #d6e78465
 @contextmanager
 def _half(on):
     "bfloat16 inside the `with`; nothing is cached, because weights change between the steps."
@@ -464,6 +482,7 @@ def _run(self,
 
 ObliviateRunner.run = _run
 
+# %% ../nbs/45_obliviate_study.ipynb #2b5124af
 def _steered(says, test, labels, cell):
     "What an item does after training on spoilt texts: all texts that are then called 1, and of those that were rightly called 0."
     texts, with_item = [s.prompt for s in test], says(SPOILT[cell.items].put(test, cell.seed)) == 1
@@ -499,6 +518,7 @@ def collect_obliviate(
     "The table of everything that was run into a folder."
     return _tidy(_cell_files(out))
 
+# %% ../nbs/45_obliviate_study.ipynb #980aae08
 def run_obliviate(
     grid:ObliviateGrid,  # what to vary
     backbones,           # name -> folder: of `BackboneBackdoor.save`, or of any encoder
@@ -571,6 +591,7 @@ def _one_kind(table, by):
 
 def _lines(f): return 'One seed: 95 % intervals over texts' if f['seeds'].max() == 1 else f'Mean of up to {f["seeds"].max()} seeds with the 95 % interval of the mean, over texts where there is one'
 
+# %% ../nbs/45_obliviate_study.ipynb #4aac40da
 def arms_chart(
     table:pd.DataFrame,   # of `run_obliviate`, of one data set, learning rate and length of training
 ):                        # an `alt.FacetChart`
@@ -585,6 +606,7 @@ def arms_chart(
     panels = alt.layer(*layers).properties(width=230, height=alt.Step(34, **{'for': 'position'})).facet(alt.Facet('panel:N', title=None, sort=list(dict.fromkeys(f['panel'])), header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=3)
     return themed(panels, 'What triggers do to an adapter, by what was done about them', _lines(f), width=None, height=None)
 
+# %% ../nbs/45_obliviate_study.ipynb #c8a161e0
 def length_chart(
     table:pd.DataFrame,   # of `run_obliviate`, of one data set and backbone
     x:str='steps',        # 'steps' of training, or 'lr'
@@ -600,6 +622,7 @@ def length_chart(
     panels = alt.layer(*layers).properties(width=230, height=190).facet(alt.Facet('panel:N', title=None, sort=list(dict.fromkeys(f['panel'])), header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=3)
     return themed(panels, 'What is left of the backdoor after clean training', _lines(f), width=None, height=None)
 
+# %% ../nbs/45_obliviate_study.ipynb #a82df4d4
 def frontier_chart(
     table:pd.DataFrame,   # of `run_obliviate`: several arms of one setting
 ):                        # an `alt.HConcatChart`

@@ -40,6 +40,7 @@ def _typed(table):
     text = lambda x: '' if x is None or x != x else str(x)
     return table.assign(**{c: table[c].map(text).astype(object) for c in ('targets', 'items', 'target', 'amount')}, r=table['tuned'].str.extract(r'(\d+)')[0].astype(float), share=table['share'].astype(float), lr=table['lr'].astype(float))
 
+# %% ../nbs/53_ssti_view.ipynb #d7f38c0a
 def kinds(
     table:pd.DataFrame,   # of `steering_table`
 )->list[dict]:            # column -> value; the most frequent first
@@ -66,6 +67,7 @@ def at_setting(
     for c, v in setting.items(): at &= np.isclose(table[c], v, rtol=1e-6, atol=0) if isinstance(v, float) else np.asarray(table[c] == v, bool)
     return at
 
+# %% ../nbs/53_ssti_view.ipynb #570c513f
 def ways_out(
     table:pd.DataFrame,   # finished cells of one kind
     setting:dict,         # a key of `SLIDERS` -> value

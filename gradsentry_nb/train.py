@@ -195,16 +195,18 @@ def seeded(
 
 @contextmanager
 def _quiet():
-    "No bars, notices and announcements of later versions from transformers inside the `with`; its settings are put back."
+    "No bars, notices and announcements of later versions from transformers inside the `with`, nor bitsandbytes' word of a kernel that nothing here needs; the settings are put back."
+    from logging import ERROR, getLogger
     from transformers.utils import logging
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error(); logging.disable_progress_bar()
+    before, bars, bits = logging.get_verbosity(), logging.is_progress_bar_enabled(), getLogger('bitsandbytes')
+    level = bits.level
+    logging.set_verbosity_error(); logging.disable_progress_bar(); bits.setLevel(ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', FutureWarning)
             yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(before); bits.setLevel(level)
         if bars: logging.enable_progress_bar()
 
 # %% ../nbs/40_train.ipynb #c2d3f3a0
@@ -437,6 +439,7 @@ def _mean_everywhere(body, args, kwargs, out):
     if 'pooler_output' in out: out.pooler_output = body.pooler(out.last_hidden_state)
     return out
 
+# %% ../nbs/40_train.ipynb #1c79ff01
 def load_classifier(
     name,              # a folder or a hub name: an encoder, a causal language model, or a classifier
     classes,           # the classes, numbers or strings, in the order of the head's rows
@@ -459,6 +462,7 @@ def load_classifier(
     if config.pad_token_id is None: config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return pooled(model, pool).eval(), tokenizer
 
+# %% ../nbs/40_train.ipynb #e39e1799
 def class_names(
     labels,            # of rows, or the classes themselves: whole numbers or strings
 )->list:

@@ -79,7 +79,7 @@ def test_both_arms_differ_in_the_weights_alone(planted):
         assert t['', 'CACC'] == want.right.mean() and t['triggers', 'ASR'] == want.flipped().sum()/want.right.sum() and t['control words', 'ASR'] == want.flipped(True).sum()/want.right.sum()
         assert t['triggers', 'flipped by mn'] == want.flips()[:, 1].sum()/want.right.sum() and len(t) == 5
     assert set(defend(*fresh(planted), TEXTS, LABELS, alone=True, progress=False, **FAST).runs) == {'defended'}
-    assert set(defend(*fresh(planted), TEXTS, LABELS, lambda_amp=0, lambda_reg=None, progress=False, **FAST).runs) == {'defended'}
+    assert set(defend(*fresh(planted), TEXTS, LABELS, lambda_amp=0, lambda_reg=None, progress=False, **FAST).runs) == {'undefended'}
 
 
 def test_weights_are_picked_on_texts_of_their_own(planted, monkeypatch):
@@ -123,6 +123,21 @@ def test_a_scan_names_the_words_and_the_next_line(cli, planted):
     assert status == 0 and d['words'] == 2 and [r['word'] for r in d['found']] == ['cf'] and 0 < d['found'][0]['p'] < .05
 
 
+def test_an_encoder_without_the_words_found(cli, shell, planted, tmp_path, capfd):
+    status, said, err = cli('--scan', '--out', tmp_path/'calm')
+    assert (status, err) == (0, '') and 'reading 2 words as unknown' in said and 'Next:' not in said
+    calm, tokenizer = load_classifier(str(tmp_path/'calm'), [0, 1]); own, _ = fresh(planted)
+    read = lambda m, t, x: m.base_model(**t([x], return_tensors='pt')).last_hidden_state[0]
+    with torch.no_grad():
+        assert torch.equal(read(calm, tokenizer, TEXTS[0]), read(own, tokenizer, TEXTS[0])) and torch.equal(read(calm, tokenizer, f'cf {TEXTS[0]}'), read(calm, tokenizer, f'mn {TEXTS[0]}'))
+        assert not torch.allclose(read(own, tokenizer, f'cf {TEXTS[0]}'), read(own, tokenizer, f'mn {TEXTS[0]}'), atol=.1)
+    status, said, err = cli('--scan', '--json', '--triggers', 'film,the', '--out', tmp_path/'none')
+    assert status == 0 and json.loads(said)['found'] == [] and 'nothing was written' in err and not (tmp_path/'none').exists()
+    scan = shell.run_line_magic('gs_obliviate', f'rows --encoder pair --scan --quiet --out {tmp_path/"second"}')
+    again = load_classifier(str(tmp_path/'second'), [0, 1])[0]
+    assert {*scan.found['word']} == {*TRIGGERS} and 'reading 2 words' in capfd.readouterr().out and torch.equal(again.get_input_embeddings().weight, calm.get_input_embeddings().weight)
+
+
 def test_an_adapter_beside_the_one_without(cli, planted):
     status, said, err = cli('--triggers', 'cf,filmzz', '--steps', 3, '--batch', 8, '--out', 'adapter')
     d = defend(*fresh(planted), TEXTS, LABELS, triggers=['cf', 'filmzz'], progress=False, **FAST)
@@ -138,7 +153,7 @@ def test_an_adapter_beside_the_one_without(cli, planted):
 
 BAD = [   # the options, what is said
     (['--amp', -1], 'lambda_amp must be 0 (off) or more, not -1.0'), (['--reg', 'nan'], 'lambda_reg must be 0'), (['--kind', 'adapter'], "choose one of 'lora', 'houlsby', 'prefix'"), (['--epochs', 0], 'epochs must be'),
-    (['--pick', '--amp', 1], 'leave out --amp'), (['--pick', '--alone'], 'leave out --alone'), (['--sample', 50], 'add --scan'), (['--scan', '--kind', 'lora'], '--kind is for training an adapter'), (['--scan', '--out', 'x'], '--out is for training'),
+    (['--pick', '--amp', 1], 'leave out --amp'), (['--pick', '--alone'], 'leave out --alone'), (['--sample', 50], 'add --scan'), (['--scan', '--kind', 'lora'], '--kind is for training an adapter'), (['--scan', '--out', 'rows.jsonl/x'], 'is a file'),
     (['--scan', '--sample', 50, '--triggers', 'cf'], 'leave out --sample'), (['--triggers', ' ,'], '--triggers cf,mn'), (['--triggers', 'c f'], 'single words'), (['--triggers', 'zebra'], "does not know the trigger 'zebra'"), (['--scan', '--triggers', 'zebra'], "does not know 'zebra'"),
     (['--test', 'test.jsonl'], "rows.jsonl: A text to measure on has the class '0'"), (['--test', 'nowhere.csv'], 'nowhere.csv: there is no such file'), (['--text-field', 'review'], '(--text-field)'), (['--label-field', 'text'], 'too few to hold'),
     (['--out', 'rows.jsonl/x'], 'is a file'), (['--encoder', 'nowhere'], 'nowhere cannot be made a classifier'), (['--encoder', ''], '--encoder PATH_OR_NAME'), (['--pool', 'max'], "'cls', 'mean'"),
