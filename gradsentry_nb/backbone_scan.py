@@ -27,7 +27,8 @@ def whole_words(
     "The words that a tokenizer knows as a whole."
     vocab, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
     begins = next((m for m in 'Ġ▁' if sum(t.startswith(m) for t in vocab) > len(vocab)/10), '')          # what stands before a word, where it is not continuations that are marked
-    plain = {t[len(begins):]: (i,) for t, i in sorted(vocab.items(), key=lambda x: x[1]) if t.startswith(begins) and not t.startswith('##') and t not in special and not _FREE.fullmatch(t)}
+    plain = {t[len(begins):]: (i,) for t, i in sorted(vocab.items(), key=lambda x: x[1]) if t.startswith(begins)
+             and not t.startswith('##') and t not in special and not _FREE.fullmatch(t)}
     return {w: i for w, i in plain.items() if w}
 
 def _known(tokenizer, words):
@@ -43,7 +44,8 @@ def word_tokens(
     if words is None: return whole_words(tokenizer)
     if isinstance(words, str) or not all(isinstance(w, str) for w in words): raise SettingError('words= is a list of strings.')
     tokens = _known(tokenizer, list(dict.fromkeys(words)))
-    if lost := [w for w, t in tokens.items() if not t]: raise SettingError(f'The tokenizer does not know {visible(repr(lost[0]), 60)}; leave it out.')
+    if lost := [w for w, t in tokens.items() if not t]:
+        raise SettingError(f'The tokenizer does not know {visible(repr(lost[0]), 60)}; leave it out.')
     return tokens
 
 def letter_pairs(
@@ -55,12 +57,15 @@ def letter_pairs(
 # %% ../nbs/37_backbone_scan.ipynb #b37e0009
 def _gaps(tokenizer, texts, n, words, seed):
     "[(tokens of a text, where a word goes)] for n texts, cut to so many words."
-    if not getattr(tokenizer, 'is_fast', False): raise ModelError('This check needs a fast tokenizer, which knows where words begin; load it with AutoTokenizer.')
-    some = list(dict.fromkeys(' '.join(t.split()[:words]) for t in texts if len(t.split()) > 2)); rng = random.Random(seed_for('backbone gaps', words, seed))
+    if not getattr(tokenizer, 'is_fast', False):
+        raise ModelError('This check needs a fast tokenizer, which knows where words begin; load it with AutoTokenizer.')
+    some = list(dict.fromkeys(' '.join(t.split()[:words]) for t in texts if len(t.split()) > 2))
+    rng = random.Random(seed_for('backbone gaps', words, seed))
     if len(some) < n: raise DataError(f'The check wants {n} different texts of three words and more, and there are {len(some)}; give more.')
     out = []
     for t in rng.sample(some, n):
-        enc = tokenizer(t, truncation=True, max_length=128); at = [k for k, (a, b) in enumerate(zip(enc.word_ids(), [None, *enc.word_ids()])) if a is not None and a != b]
+        enc = tokenizer(t, truncation=True, max_length=128)
+        at = [k for k, (a, b) in enumerate(zip(enc.word_ids(), [None, *enc.word_ids()])) if a is not None and a != b]
         out.append((np.array(enc['input_ids']), rng.choice(at[1:] or at)))
     return out
 
@@ -78,10 +83,13 @@ def _erased(model, places, words, reads, budget, tick):
             size = max(1, budget//(k+max(len(ids) for ids, _ in places)))
             for at in np.array_split(np.flatnonzero(width == k), -(-(width == k).sum()//size)):
                 put, rows = np.array([words[i] for i in at]), torch.zeros(len(reads), len(at), d)
-                for ids, gap in places: vectors(rows, np.concatenate([np.tile(ids[:gap], (len(at), 1)), put, np.tile(ids[gap:], (len(at), 1))], axis=1)); tick(len(at))
+                for ids, gap in places:
+                    vectors(rows, np.concatenate([np.tile(ids[:gap], (len(at), 1)), put, np.tile(ids[gap:], (len(at), 1))], axis=1))
+                    tick(len(at))
                 S[:, at] = rows
     left = 1-cosine(plain).double()
-    if bool((left < 1e-6).any()): raise ModelError(f'With no word put in, this encoder gives all texts the same vector ({", ".join(r for r, x in zip(reads, left[:, 0]) if x < 1e-6)}); there is nothing to erase. Give an encoder whose weights were loaded.')
+    if bool((left < 1e-6).any()):
+        raise ModelError(f'With no word put in, this encoder gives all texts the same vector ({", ".join(r for r, x in zip(reads, left[:, 0]) if x < 1e-6)}); there is nothing to erase. Give an encoder whose weights were loaded.')
     return (1-(1-cosine(S).double())/left).numpy(), S/n
 
 # %% ../nbs/37_backbone_scan.ipynb #b37e0013
@@ -117,7 +125,9 @@ class BackboneScan:
         said = f'{len(f)} in {f["group"].nunique()} groups: {names}; they erase {f["erased"].min():.0%} of a text and more' if len(f) else f'none stands out; the strongest, {visible(repr(self.table["word"].iloc[0]), 30)}, erases {self.table["erased"].iloc[0]:.0%}'
         return f'BackboneScan({len(self.first):,} words in {self.texts} texts: {said}, {self.ordinary:.0%} is the most of the random ones)'
     def _repr_html_(self):
-        t = self.table.head(max(12, min(len(self.found)+4, 30))).assign(word=lambda x: [visible(w) for w in x['word']], found=lambda x: x['found'].map({True: 'yes', False: ''}), group=lambda x: [str(g) if f else '' for g, f in zip(x['group'], x['found'])])
+        t = self.table.head(max(12, min(len(self.found)+4, 30))).assign(word=lambda x: [visible(w) for w in x['word']],
+            found=lambda x: x['found'].map({True: 'yes', False: ''}),
+            group=lambda x: [str(g) if f else '' for g, f in zip(x['group'], x['found'])])
         return f'<p>{html.escape(repr(self))}</p>'+t.to_html(index=False, escape=True, float_format='%.3g', na_rep='')
 
 # %% ../nbs/37_backbone_scan.ipynb #b37e0017
@@ -139,13 +149,16 @@ def probe_backbone(
     reads = (reads,) if isinstance(reads, str) else tuple(reads)
     for r in reads: choose('way of reading', r, READS)
     for name, x, low in (('n', n, 3), ('top', top, 1), ('sample', sample, 40)):
-        if x is not None and (isinstance(x, bool) or not isinstance(x, int) or x < low): raise SettingError(f'{name}= is a whole number of at least {low}, not {x!r}.')
+        if x is not None and (isinstance(x, bool) or not isinstance(x, int) or x < low):
+            raise SettingError(f'{name}= is a whole number of at least {low}, not {x!r}.')
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 < p < 1: raise SettingError(f'p= lies between 0 and 1, not {p!r}.')
-    texts = list(texts) if not isinstance(texts, str) else texts; text_rows(model, tokenizer, texts); own, given = whole_words(tokenizer), {} if words is None else word_tokens(tokenizer, words)
+    texts = list(texts) if not isinstance(texts, str) else texts; text_rows(model, tokenizer, texts)
+    own, given = whole_words(tokenizer), {} if words is None else word_tokens(tokenizer, words)
     rng = random.Random(seed_for('backbone words', run=seed)); tried = given or own
     if sample is not None and sample < len(tried): tried = {w: tried[w] for w in rng.sample(list(tried), sample)}
     size, most = model.get_input_embeddings().weight.shape[0], max(i for t in (*tried.values(), *own.values()) for i in t)
-    if most >= size: raise ModelError(f'The tokenizer has a token {most}, the model knows {size}: they do not belong together; load both from one folder.')
+    if most >= size:
+        raise ModelError(f'The tokenizer has a token {most}, the model knows {size}: they do not belong together; load both from one folder.')
     return _probed(model, tokenizer, texts, tried, own, reads, n, top, p, seed, budget, progress, rng)
 
 def _probed(model, tokenizer, texts, tried, own, reads, n, top, p, seed, budget, progress, rng):
@@ -158,10 +171,13 @@ def _probed(model, tokenizer, texts, tried, own, reads, n, top, p, seed, budget,
     e, V = _erased(model, long, [tried[w] for w in chosen]+[own[w] for w in yard], reads, budget, tick); close()
     k = len(chosen); P = np.stack([_tail(x[:k], x[k:], len(names)*len(reads)) for x in e]); out = (P <= p) & (e[:, :k] >= HALF)
     r, at = (e[:, :k]+out).argmax(0), np.arange(k)
-    t = pd.DataFrame(dict(word=chosen, pieces=[len(tried[w]) for w in chosen], read=[reads[j] for j in r], erased=e[r, at], p=P[r, at], found=out[r, at]))
-    order = np.lexsort((-t['erased'], ~t['found'])); t, U = t.iloc[order].reset_index(drop=True), F.normalize(V[r, at][order], dim=1); hits = int(t['found'].sum())
+    t = pd.DataFrame(dict(word=chosen, pieces=[len(tried[w]) for w in chosen], read=[reads[j] for j in r],
+                          erased=e[r, at], p=P[r, at], found=out[r, at]))
+    order = np.lexsort((-t['erased'], ~t['found']))
+    t, U = t.iloc[order].reset_index(drop=True), F.normalize(V[r, at][order], dim=1); hits = int(t['found'].sum())
     t['group'] = pd.array(_groups(U[:hits])+[pd.NA]*(k-hits), dtype='Int64')
-    return BackboneScan(t, pd.DataFrame(dict(word=names, **dict(zip(reads, first)))), dict(zip(t['word'][:hits], U[:hits])), float(e[:, k:].max()), n)
+    return BackboneScan(t, pd.DataFrame(dict(word=names, **dict(zip(reads, first)))),
+                        dict(zip(t['word'][:hits], U[:hits])), float(e[:, k:].max()), n)
 
 _YARD = 256   # random words in the second round, at least
 
@@ -172,11 +188,14 @@ def mute_words(
     words,             # such as `scan.found['word']`
 )->tuple:              # (a copy of the model, a copy of the tokenizer)
     "A model that reads some words as it reads words that it does not know."
-    inside = word_tokens(tokenizer, words if isinstance(words, str) else list(words)); first = tokenizer(list(inside), add_special_tokens=False)['input_ids'] if inside else []   # after a space, and at the start of a text
+    inside = word_tokens(tokenizer, words if isinstance(words, str) else list(words))
+    first = tokenizer(list(inside), add_special_tokens=False)['input_ids'] if inside else []   # after a space, and at the start of a text
     model, tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
-    single = {r[0] for pair in zip(inside.values(), first) for r in pair if len(r) == 1}; several = [w for w, r in zip(inside, first) if len(inside[w]) > 1 or len(r) > 1]
+    single = {r[0] for pair in zip(inside.values(), first) for r in pair if len(r) == 1}
+    several = [w for w, r in zip(inside, first) if len(inside[w]) > 1 or len(r) > 1]
     tokenizer.add_tokens([AddedToken(w, single_word=True, lstrip=True, normalized=True) for w in several])
-    old = model.get_input_embeddings().weight.detach(); unknown = old.mean(0) if tokenizer.unk_token_id is None else old[tokenizer.unk_token_id].clone()
+    old = model.get_input_embeddings().weight.detach()
+    unknown = old.mean(0) if tokenizer.unk_token_id is None else old[tokenizer.unk_token_id].clone()
     if len(tokenizer) > len(old): model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad(): model.get_input_embeddings().weight[[*single, *tokenizer.convert_tokens_to_ids(several)]] = unknown
     return model, tokenizer

@@ -27,7 +27,8 @@ def foreground()->bool:
 
 class Job:
     "Work in a thread of its own, which can be stopped; `work` does it, and ends with another state."
-    def __init__(self, tell): self.tell, self.state, self.error, self.halt, self.thread = tell, 'ready', None, threading.Event(), None   # then 'running', 'paused', 'stopped', 'done' or 'failed'
+    def __init__(self, tell):
+        self.tell, self.state, self.error, self.halt, self.thread = tell, 'ready', None, threading.Event(), None   # then 'running', 'paused', 'stopped', 'done' or 'failed'
     def begin(self, name):   # name: of the thread
         "Start the thread, or work here where one would not be seen."
         _jobs.add(self); self.state = 'running'
@@ -150,9 +151,11 @@ def _end_threads():
 
 # %% ../nbs/48_board.ipynb #8e4cabd1
 METHODS = {**THRESHOLDS, 'by hand': 'a cut where you put it'}
-COLUMNS = dict(mark=('mark', 'text'), row=('row', 'number'), score=('score', 'number'), tokens=('tokens', 'number'), ngram_rows=('rows with its phrase', 'number'),
+COLUMNS = dict(mark=('mark', 'text'), row=('row', 'number'), score=('score', 'number'), tokens=('tokens', 'number'),
+               ngram_rows=('rows with its phrase', 'number'),
                prompt=('end of the prompt', 'text'), response=('response', 'text'), problem=('problem', 'text'))   # column -> (label, kind)
-SHOWN = {'all': 'every row', 'dropped': 'rows above the cut', 'kept': 'rows up to the cut', 'selected': 'the selected rows', 'marked': 'rows that you marked'}
+SHOWN = {'all': 'every row', 'dropped': 'rows above the cut', 'kept': 'rows up to the cut',
+         'selected': 'the selected rows', 'marked': 'rows that you marked'}
 
 class Board:
     "Scores, a cut, marks and a selection."
@@ -185,7 +188,8 @@ class Board:
     )->list:             # positions in the frame
         "Where the selected rows are."
         return [self.at[i] for i in self.selected[:most]]
-    def __repr__(self): return f'Board({len(self.frame):,} rows by {self.label}, {int(self.flagged.sum()):,} above the cut, {len(self.marks)} marked)'
+    def __repr__(self):
+        return f'Board({len(self.frame):,} rows by {self.label}, {int(self.flagged.sum()):,} above the cut, {len(self.marks)} marked)'
 
 # %% ../nbs/48_board.ipynb #c04f8bf1
 def _values(self, f, statistic):
@@ -204,7 +208,8 @@ def _rescore(self):
 
 def _names(self)->list:
     "The columns that can become the score."
-    return list(dict.fromkeys([self.given[0], self.statistic, *(c for c in NUMBERS if c in self.frame and self.frame[c].notna().any()), 'tokens']))
+    return list(dict.fromkeys([self.given[0], self.statistic,
+                               *(c for c in NUMBERS if c in self.frame and self.frame[c].notna().any()), 'tokens']))
 
 def _label(self)->str:
     "What the score is, for an axis."
@@ -220,7 +225,8 @@ def _use(self,
 )->Cut:
     "Make another number the score, and cut it by the same method."
     if statistic is not None: choose('statistic', statistic, self.names)
-    if adjusted and self.frame['tokens'].isna().all(): raise SettingError('These scores do not say how long the answers are, so they cannot be adjusted for it; leave that off.')
+    if adjusted and self.frame['tokens'].isna().all():
+        raise SettingError('These scores do not say how long the answers are, so they cannot be adjusted for it; leave that off.')
     if k is not None: self.entropies(k)
     if statistic is not None: self.statistic = statistic
     if adjusted is not None: self.adjusted = adjusted
@@ -245,7 +251,8 @@ Board.use, Board.entropies = _use, _entropies
 def _known(self):
     "Scores of the rows that are known to be clean: those that were given, and those that were marked."
     marked = [self.at[i] for i, m in self.marks.items() if m == 'clean' and i in self.at]
-    given = [] if self.clean is None or self.statistic not in self.clean else self.values(self.clean, self.statistic)-self.trend(self.clean['tokens'])
+    given = [] if self.clean is None or self.statistic not in self.clean else self.values(self.clean,
+        self.statistic)-self.trend(self.clean['tokens'])
     x = np.r_[given, self.score[marked]]
     return x[np.isfinite(x)]
 
@@ -271,7 +278,8 @@ def _mark(self, what, ids=None):
     "Mark rows (default: the selected ones) as 'clean' or 'poison', or take the mark off (None)."
     if what is not None: choose('mark', what, ('clean', 'poison'))
     for i in self.selected if ids is None else ids:
-        if i not in self.at: raise DataError(f'There is no row with the id {visible(i, 40)!r} here; take one from the column "id" of the table.')
+        if i not in self.at:
+            raise DataError(f'There is no row with the id {visible(i, 40)!r} here; take one from the column "id" of the table.')
         if what is None: self.marks.pop(i, None)
         else: self.marks[i] = what
 
@@ -300,18 +308,22 @@ Board.mark, Board.draw, Board.within = _mark, _draw, _within
 # %% ../nbs/48_board.ipynb #f96f69ea
 def _found(self):
     "Positions of the rows that are searched for and shown, in the order of the table."
-    keep = dict(all=np.ones(len(self.frame), bool), dropped=self.flagged, kept=~self.flagged, selected=self.frame['id'].isin(self.selected).to_numpy(),
+    keep = dict(all=np.ones(len(self.frame), bool), dropped=self.flagged, kept=~self.flagged,
+                selected=self.frame['id'].isin(self.selected).to_numpy(),
                 marked=self.frame['id'].isin(self.marks).to_numpy())[self.show].copy()
     if self.query and self.samples is not None:
         try: has = re.compile(self.query if self.regex else re.escape(self.query), re.IGNORECASE).search
-        except re.error as e: raise SettingError(f'The search is no regular expression ({e}); mend it or switch regular expressions off.') from e
+        except re.error as e:
+            raise SettingError(f'The search is no regular expression ({e}); mend it or switch regular expressions off.') from e
         for i in np.flatnonzero(keep): keep[i] = bool(has(self.samples[i].prompt) or has(self.samples[i].response))
     return self.ordered(np.flatnonzero(keep))
 
 def _ordered(self, at):
     "Positions in the order of the sort column; rows without a value come last."
     c = self.sort
-    if c in ('prompt', 'response'): key = pd.Series([getattr(self.samples[i], c) for i in at] if self.samples is not None else ['']*len(at), dtype=object)
+    if c in ('prompt', 'response'):
+        key = pd.Series([getattr(self.samples[i], c) for i in at] if self.samples is not None else ['']*len(at),
+                        dtype=object)
     elif c == 'mark': key = pd.Series([self.marks.get(i) for i in self.frame['id'].iloc[at]], dtype=object)
     else: key = self.frame[c].iloc[at].reset_index(drop=True)
     return at[key.sort_values(ascending=not self.down, kind='stable', na_position='last').index.to_numpy()]
@@ -322,7 +334,8 @@ def _row(self, i, flagged):
     number = lambda x: '' if x is None or x != x else f'{x:,.4g}' if isinstance(x, float) and x != int(x) else f'{int(x):,}'
     text = dict(prompt=visible(s.prompt[-60:]), response=visible(s.response, 120)) if s else {}
     mark = self.marks.get(r['id'], '')
-    cells = [text.get(c, '') if c in ('prompt', 'response') else mark if c == 'mark' else visible(r.get(c) or '') if k == 'text' else number(r.get(c)) for c, (_, k) in COLUMNS.items()]
+    cells = [text.get(c, '') if c in ('prompt', 'response') else mark if c == 'mark' else visible(r.get(c) or '')
+             if k == 'text' else number(r.get(c)) for c, (_, k) in COLUMNS.items()]
     return dict(id=r['id'], cells=cells, side='dropped' if flagged else 'kept', mark=mark)
 
 def _page_of(self, size=12):

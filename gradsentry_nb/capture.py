@@ -92,7 +92,8 @@ def head_of(
     head = getattr(model, 'get_output_embeddings', lambda: None)()
     if head is None or not hasattr(model, 'generate'):
         raise ModelError(f'{name} has no output projection over a vocabulary (a classifier or a bare encoder?); load a causal language model with AutoModelForCausalLM.')
-    if getattr(model.config, 'is_encoder_decoder', False): raise ModelError(f'{name} is an encoder-decoder; load a causal language model with AutoModelForCausalLM.')
+    if getattr(model.config, 'is_encoder_decoder', False):
+        raise ModelError(f'{name} is an encoder-decoder; load a causal language model with AutoModelForCausalLM.')
     return head
 
 # %% ../nbs/10_capture.ipynb #5fcb5fa5
@@ -176,7 +177,9 @@ def stretching(
     "The type of the model's rotary positions, when their frequencies follow the longest row of a batch."
     config = text_config(model)
     ropes = getattr(config, 'rope_parameters', None) or getattr(config, 'rope_scaling', None) or {}
-    kinds = {r.get('rope_type', r.get('type')) for r in ([ropes] if not any(isinstance(v, dict) for v in ropes.values()) else ropes.values()) if isinstance(r, dict)}
+    kinds = {r.get('rope_type', r.get('type'))
+             for r in ([ropes] if not any(isinstance(v, dict) for v in ropes.values()) else ropes.values())
+             if isinstance(r, dict)}
     return next(iter(kinds & {'longrope', 'dynamic'}), None)
 
 def relax(
@@ -262,7 +265,8 @@ class Together(TorchFunctionMode):
     def split(self, q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
         "Attention in two parts, or None where it is not of the kind that can be split."
         B, h, S, d = q.shape if q.dim() == 4 else (0,)*4
-        if (_flash is None or q.device.type != 'cpu' or B != self.rows or B < 2 or dropout_p or is_causal or k.shape != (B, h, self.P+S, d) or v.shape != k.shape
+        if (_flash is None or q.device.type != 'cpu' or B != self.rows or B < 2 or dropout_p or is_causal
+            or k.shape != (B, h, self.P+S, d) or v.shape != k.shape
                 or not self.plain(attn_mask, S)): return None
         near, size = _flash(q, k[:, :, self.P:], v[:, :, self.P:], 0., True, scale=scale)                         # [B, h, S, d], [B, h, S]
         far, more = _flash(q.transpose(0, 1).reshape(1, h, B*S, d), k[:1, :, :self.P], v[:1, :, :self.P], 0., False, scale=scale)
@@ -285,7 +289,8 @@ def check_positions(
     ids,    # [B, S] the tokens
 ):
     "Refuse a model whose projection does not see exactly the tokens."
-    if h.shape[:2] != ids.shape: raise ModelError(f'{type(model).__name__} puts positions of its own among the tokens (a soft prompt?), so the supervised ones cannot be told; merge or remove them.')
+    if h.shape[:2] != ids.shape:
+        raise ModelError(f'{type(model).__name__} puts positions of its own among the tokens (a soft prompt?), so the supervised ones cannot be told; merge or remove them.')
 
 # %% ../nbs/10_capture.ipynb #82342dd2
 def hidden_states(
@@ -393,7 +398,8 @@ def free_memory(
     device:torch.device,  # of any type
 )->int|None:              # bytes; None where nobody can tell
     "What is free on a device, with what PyTorch holds there for reuse."
-    if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]+torch.cuda.memory_reserved(device)-torch.cuda.memory_allocated(device)
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]+torch.cuda.memory_reserved(device)-torch.cuda.memory_allocated(device)
     if device.type == 'cpu':
         import psutil
         return psutil.virtual_memory().available
@@ -498,7 +504,8 @@ Capture.hidden, Capture.plan = _hidden, _plan
 # %% ../nbs/10_capture.ipynb #06b3d49d
 def _halve(self, index, size, rows):
     "A budget under which the batch `index` would have been split, with a note; a `ModelError` for a single row."
-    if len(index) == 1: raise ModelError(f'A row of {len(rows[index[0]])} tokens does not fit into memory, not even alone; set a smaller max_length (--max-length), a narrower dtype (--dtype bfloat16), or take a device with more memory.')
+    if len(index) == 1:
+        raise ModelError(f'A row of {len(rows[index[0]])} tokens does not fit into memory, not even alone; set a smaller max_length (--max-length), a narrower dtype (--dtype bfloat16), or take a device with more memory.')
     before, tokens = self.budget, len(index)*int(size[index].max())
     while self.budget >= tokens: self.budget //= 2
     self.note(f'Memory ran out in a batch of {tokens} tokens: the budget was halved from {before} to {self.budget} tokens, and the scan went on from there.')
@@ -545,7 +552,8 @@ def _grouped(self, rows, groups):
     "Yield (row number, factors), group by group."
     size, unseen = np.array(fed(self.model, rows)), {True, False}
     for prefix, kind, members in self.prefixes(groups):
-        for i, f in self.in_batches(members, size-(prefix[1] if prefix else 0), rows, partial(self.checked, rows, prefix, kind, unseen)): yield i, f
+        for i, f in self.in_batches(members, size-(prefix[1] if prefix else 0), rows, partial(self.checked, rows, prefix, kind, unseen)):
+            yield i, f
         prefix = None  # or the next cache would be made beside this one
 
 def _said(groups, n, how):
@@ -563,7 +571,8 @@ SIDES = 16   # batches, at least, of a scan that two threads share
 def _two(self, rows, groups):
     "Do two threads share these rows?"
     sizes = [len(rows[i])-len(ids) for ids, _, members in groups for i in members]
-    plain = all(p.device.type == 'cpu' and p.is_floating_point() for p in self.model.parameters()) and not any(hasattr(m, '_hf_hook') for m in self.model.modules())
+    plain = all(p.device.type == 'cpu' and p.is_floating_point()
+                for p in self.model.parameters()) and not any(hasattr(m, '_hf_hook') for m in self.model.modules())
     return torch.get_num_threads() == 2 and plain and sum(sizes) >= SIDES*self.budget and max(sizes) <= self.budget//2 and not stretching(self.model)
 
 def _side(self, rows, groups, reduce, line, over):
@@ -580,8 +589,11 @@ def _side(self, rows, groups, reduce, line, over):
 def _by_two(self, rows, groups, reduce):
     "As `reduced`, by two threads with every other row of each group."
     by_length = lambda members: sorted(members, key=lambda i: len(rows[i]))
-    crew, lines, over = [replace(self, budget=self.budget//2, room=self.room//2) for _ in 'ab'], [queue.Queue(64) for _ in 'ab'], threading.Event()
-    threads = [threading.Thread(target=c.side, args=(rows, [(ids, up, by_length(members)[k::2]) for ids, up, members in groups], reduce, lines[k], over), daemon=True) for k, c in enumerate(crew)]
+    crew, lines, over = [replace(self, budget=self.budget//2, room=self.room//2) for _ in 'ab'], [queue.Queue(64)
+        for _ in 'ab'], threading.Event()
+    threads = [threading.Thread(target=c.side,
+                                args=(rows, [(ids, up, by_length(members)[k::2]) for ids, up, members in groups],
+                                      reduce, lines[k], over), daemon=True) for k, c in enumerate(crew)]
     try:
         for t in threads: t.start()
         turn = list(lines)
@@ -645,7 +657,8 @@ def _families(names): return ', '.join(dict.fromkeys(re.sub(r'(?<=\.)\d+(?=\.)',
 # %% ../nbs/10_capture.ipynb #08dacbbb
 _ENDS = '', '.base_layer', '.default', '.modules_to_save.default'  # what peft puts behind a name
 
-def _fitting(names, whole): return [whole] if whole in names else [n for n in names if fnmatchcase(n, whole) or fnmatchcase(n, f'*.{whole}')]
+def _fitting(names, whole):
+    return [whole] if whole in names else [n for n in names if fnmatchcase(n, whole) or fnmatchcase(n, f'*.{whole}')]
 
 def find_layer(
     model,         # a transformers model, possibly wrapped by peft
@@ -656,17 +669,23 @@ def find_layer(
     for end in _ENDS:
         found = _fitting(names, f'{name}{end}')
         if len(found) == 1: return found[0], model.get_submodule(found[0])
-        if found: raise ModelError(f'{name!r} fits {len(found)} layers; choose one of {", ".join(found[:8])}{", ..." if len(found) > 8 else ""}.')
+        if found:
+            raise ModelError(f'{name!r} fits {len(found)} layers; choose one of {", ".join(found[:8])}{", ..." if len(found) > 8 else ""}.')
     raise ModelError(_why_no_layer(model, name, names))
 
 def _why_no_layer(model, name, names):
     "A sentence for a name that fits no linear layer."
-    ends = lambda pairs: next((x for n, x in pairs if n and name and (n == name or n.endswith(f'.{name}') or fnmatchcase(n, f'*{name}'))), None)
+    ends = lambda pairs: next((x for n, x in pairs if n and name
+                               and (n == name or n.endswith(f'.{name}') or fnmatchcase(n, f'*{name}'))), None)
     module, tensor, known = ends(model.named_modules()), ends(model.named_parameters()), f'The linear layers are {_families(names)}.'
-    packed = tensor if tensor is not None and tensor.dim() > 2 else next((p for p in getattr(module, '_parameters', {}).values() if p is not None and p.dim() > 2), None)
-    if packed is not None: return f'{name!r} holds the weights of {len(packed)} experts in one tensor, and each sees other tokens; this cannot be captured. {known}'
-    inside = [n for n, m in getattr(module, 'named_modules', lambda: [])() if f'.{n}' != '.' and any(x.endswith(f'{name}.{n}') for x in names)]
-    if inside: return f'{name!r} is a {type(module).__name__}; name one of its linear layers: {", ".join(f"{name}.{n}" for n in inside[:8])}{", ..." if len(inside) > 8 else ""}.'
+    packed = tensor if tensor is not None and tensor.dim() > 2 else next((p
+        for p in getattr(module, '_parameters', {}).values() if p is not None and p.dim() > 2), None)
+    if packed is not None:
+        return f'{name!r} holds the weights of {len(packed)} experts in one tensor, and each sees other tokens; this cannot be captured. {known}'
+    inside = [n for n, m in getattr(module, 'named_modules', lambda: [])() if f'.{n}' != '.'
+              and any(x.endswith(f'{name}.{n}') for x in names)]
+    if inside:
+        return f'{name!r} is a {type(module).__name__}; name one of its linear layers: {", ".join(f"{name}.{n}" for n in inside[:8])}{", ..." if len(inside) > 8 else ""}.'
     if isinstance(module, nn.Embedding): return f'{name!r} is an embedding, whose inputs are tokens and not vectors. {known}'
     if module is not None: return f'{name!r} is a {type(module).__name__}, not a linear layer. {known}'
     near = get_close_matches(name, names+[n.split('.', 1)[-1] for n in names], n=3, cutoff=.4)
@@ -777,7 +796,8 @@ def backward_to(
     "One forward pass, and one backward pass down to the first of the layers; nothing else gets a gradient."
     y, met = torch.cat([torch.from_numpy(r.ids[r.supervised].astype(np.int64)) for r in rows]), []
     ids = pad_right([r.ids[:n] for r, n in zip(rows, fed(model, rows))]).to(run_device(model))
-    which, at = (torch.from_numpy(np.concatenate(x)) for x in zip(*[(np.full(r.tokens, i), np.flatnonzero(r.supervised)-1) for i, r in enumerate(rows)]))
+    which, at = (torch.from_numpy(np.concatenate(x))
+                 for x in zip(*[(np.full(r.tokens, i), np.flatnonzero(r.supervised)-1) for i, r in enumerate(rows)]))
     with torch.enable_grad(), frozen(model):
         with only_at(model, ids, which, at), ExitStack() as hooks:
             caught = {n: hooks.enter_context(leaf_at(m, n, met)) for n, m in layers.items()}
@@ -786,13 +806,15 @@ def backward_to(
         D, loss = factor_rows(nn.Identity(), Tail(), z.detach(), y.to(z.device))
         D *= torch.cat([D.new_full((r.tokens, 1), _power(r)/r.tokens) for r in rows])
         once = {n: c[0] for n, c in caught.items() if len(c) == 1}
-        g = torch.autograd.grad(z, [u for _, u in once.values()], D.to(z.dtype), allow_unused=True) if once and z.requires_grad else [None]*len(once)
+        g = torch.autograd.grad(z, [u for _, u in once.values()], D.to(z.dtype),
+                                allow_unused=True) if once and z.requires_grad else [None]*len(once)
     found = {n: (H, d) for (n, (H, _)), d in zip(once.items(), g) if d is not None}
     return found, {n: _why_no_gradient(n, len(caught[n])) for n in layers if n not in found}, loss
 
 def _why_no_gradient(name, calls):
     "A sentence for a layer whose gradient a pass did not give."
-    if calls > 1: return f'{name!r} is called more than once in a pass (a shared block?), so its gradient is not one product; choose another layer.'
+    if calls > 1:
+        return f'{name!r} is called more than once in a pass (a shared block?), so its gradient is not one product; choose another layer.'
     if calls: return f'The logits do not depend on {name!r}; choose another layer.'
     return f'{name!r} is not called when the model runs on text (an inactive adapter, a part for images, a weight used by itself?); choose another layer.'
 
@@ -823,7 +845,8 @@ def per_token(
 # %% ../nbs/10_capture.ipynb #143e9049
 def _layer_room(self):
     "The most tokens of a batch, and of its supervised ones, for a capture with a backward pass."
-    return self.budget or (1024 if run_device(self.model).type == 'cpu' else 2048), max(1, self.room//self.model.get_input_embeddings().weight.shape[0])
+    return self.budget or (1024 if run_device(self.model).type == 'cpu' else 2048), max(1,
+        self.room//self.model.get_input_embeddings().weight.shape[0])
 
 @dataclass(eq=False)
 class LayerCapture:
@@ -861,7 +884,8 @@ class LayerCapture:
         if not by_token: H, D = (per_token(x, (len(rows), max(fed(self.model, rows))), name) for x in (H, D))
         parts = zip(H[0].split(counts), D[0].split(counts)) if by_token else ((H[i, :r.last], D[i, :r.last]) for i, r in enumerate(rows))
         for r, l, (h, d) in zip(rows, loss.split(counts), parts):
-            yield GradFactors(own(d)/_power(r), own(h), l, None if by_token else torch.from_numpy(np.flatnonzero(r.supervised)-1).to(h.device))
+            yield GradFactors(own(d)/_power(r), own(h), l,
+                              None if by_token else torch.from_numpy(np.flatnonzero(r.supervised)-1).to(h.device))
     def by_token(self, name):
         "Is a layer (part of) the head, which sees nothing but the supervised positions?"
         return any(m is self.model.get_submodule(name) for m in self.head.modules())
@@ -879,7 +903,8 @@ def layer_factors(
     some, self.watch = [rows[i] for i in todo], True
     with evaluating(self.model), ExitStack() as last:
         last.callback(relax, self.model, self.head)
-        for i, f in self.in_batches(range(len(some)), np.array(fed(self.model, some)), some, partial(self.parts, some)): yield todo[i], reduce(f) if reduce else f
+        for i, f in self.in_batches(range(len(some)), np.array(fed(self.model, some)), some, partial(self.parts, some)):
+            yield todo[i], reduce(f) if reduce else f
 
 LayerCapture.plan, LayerCapture.halve, LayerCapture.in_batches, LayerCapture.note, LayerCapture.__call__ = _plan, _halve, _in_batches, Capture.note, layer_factors
 
@@ -943,7 +968,8 @@ class LayersCapture:
             if self.named[n] or len(self.modules) == 1: raise ModelError(sentence)
             del self.modules[n]
         self.left_out |= why
-        if why: self.note(f'{len(why)} layer{"s"*(len(why) > 1)} without a gradient {"were" if len(why) > 1 else "was"} left out ({_families(why)}). {next(iter(why.values()))}')
+        if why:
+            self.note(f'{len(why)} layer{"s"*(len(why) > 1)} without a gradient {"were" if len(why) > 1 else "was"} left out ({_families(why)}). {next(iter(why.values()))}')
     def factors(self, rows, check=False):
         "What is kept of each row of one batch: {name: ..}."
         out = [{} for _ in rows]

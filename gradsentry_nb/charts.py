@@ -41,7 +41,8 @@ def themed(
     text = alt.TitleParams(_broken(title, room//7), subtitle=below or alt.Undefined, anchor='start', frame='group', offset=8)
     look = dict(labelColor=GREY, titleColor=GREY, gridColor=LINE, domainColor=LINE, tickColor=LINE, labelFontSize=12, titleFontSize=12,
                 titleFontWeight='normal', titlePadding=8)
-    legend = dict(orient='top', title=None, labelColor=GREY, labelFontSize=12, titleColor=GREY, titleFontSize=12, titleFontWeight='normal', titleLimit=400)
+    legend = dict(orient='top', title=None, labelColor=GREY, labelFontSize=12, titleColor=GREY, titleFontSize=12,
+                  titleFontWeight='normal', titleLimit=400)
     size = {k: v for k, v in dict(width=width, height=height).items() if v}
     return (chart.properties(title=text, background='transparent', **size).configure(font='system-ui, sans-serif')
             .configure_axis(**look).configure_view(stroke=None).configure_legend(**legend)
@@ -49,9 +50,11 @@ def themed(
 
 # %% ../nbs/14_charts.ipynb #fa7afbf0
 TITLES = dict(entropy='spectral entropy (0 to 1)', entropy_by_length='spectral entropy for its length (0 to 1)',
-              effective_rank='effective rank (directions)', log_volume='log volume (nats)', window_loss='loss of the worst 12 tokens (nats)',
+              effective_rank='effective rank (directions)', log_volume='log volume (nats)',
+              window_loss='loss of the worst 12 tokens (nats)',
               grad_norm='gradient norm', loss='mean loss (nats per token)', tokens='supervised tokens')
-OTHERS = dict(ngram_rows='rows that share an answer phrase', answer_words='words of the answer', p_value='p-value among known-clean rows', row='row (scan order)')
+OTHERS = dict(ngram_rows='rows that share an answer phrase', answer_words='words of the answer',
+              p_value='p-value among known-clean rows', row='row (scan order)')
 
 def _title(column): return TITLES.get(column) or OTHERS.get(column) or visible(str(column)[:240], 60)
 
@@ -110,7 +113,9 @@ def _rule(cut, bins):
                              baseline='top').encode(y='y:Q', text='text:N'))
 
 # %% ../nbs/14_charts.ipynb #d091344d
-def _numbers(x): return [float(v) for v in np.ravel(np.asarray(x, object)) if isinstance(v, (int, float, np.integer, np.floating)) and np.isfinite(v)]
+def _numbers(x):
+    return [float(v) for v in np.ravel(np.asarray(x, object)) if isinstance(v, (int, float, np.integer, np.floating))
+            and np.isfinite(v)]
 
 def _landmarks(cut, bins):
     "The peaks and the valley of the cut's detail, placed on the curve: a frame of `kind`, `x`, `y`."
@@ -123,7 +128,8 @@ def _marks(rows):
     if not len(rows): return []
     shape = alt.Shape('kind:N', scale=alt.Scale(domain=['peak', 'valley'], range=['triangle-up', 'diamond']), legend=None)
     mark = dict(size=80, filled=True, color=NOTE, opacity=1, stroke='white', strokeWidth=1, yOffset=-4)
-    return [alt.Chart(rows).mark_point(**mark).encode(x='x:Q', y='y:Q', shape=shape, tooltip=['kind:N', alt.Tooltip('x:Q', format='.4g', title='at')])]
+    return [alt.Chart(rows).mark_point(**mark).encode(x='x:Q', y='y:Q', shape=shape,
+                                                      tooltip=['kind:N', alt.Tooltip('x:Q', format='.4g', title='at')])]
 
 def _named(rows, curve):
     "What the line and the marks are, and where they lie."
@@ -141,7 +147,9 @@ def _how(cut):
     return 'The cut was set by hand' if cut.separated and cut.method == 'fixed' else ''
 
 # %% ../nbs/14_charts.ipynb #4b862eb3
-def _sides(*more, **kw): return alt.Color('side:N', scale=alt.Scale(domain=['kept', 'dropped', *more], range=[KEPT, DROPPED, GREY][:2+len(more)]), **kw)
+def _sides(*more, **kw):
+    return alt.Color('side:N', scale=alt.Scale(domain=['kept', 'dropped', *more],
+                                               range=[KEPT, DROPPED, GREY][:2+len(more)]), **kw)
 
 def _empty(text):
     base = alt.Chart(pd.DataFrame(dict(text=[text]))).mark_text(fontSize=14, color=GREY).encode(text='text:N')
@@ -152,7 +160,8 @@ def _bars(bins, statistic):
     X = alt.X('start:Q', title=_title(statistic), scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False, tickCount=6))
     Y = alt.Y('rows:Q', title='rows (square-root scale)', scale=alt.Scale(type='sqrt'), axis=alt.Axis(tickMinStep=1, tickCount=5))
     tips = [alt.Tooltip('start:Q', format='.4g'), alt.Tooltip('stop:Q', format='.4g'), 'rows:Q', 'side:N']
-    return alt.Chart(bins).mark_bar(orient='vertical', binSpacing=1, opacity=.85).encode(X, alt.X2('stop:Q'), Y, alt.Y2(datum=0), _sides(), tooltip=tips)
+    return alt.Chart(bins).mark_bar(orient='vertical', binSpacing=1, opacity=.85).encode(X, alt.X2('stop:Q'), Y,
+        alt.Y2(datum=0), _sides(), tooltip=tips)
 
 def score_histogram(
     frame:pd.DataFrame,           # one row per sample, with `score`
@@ -164,9 +173,12 @@ def score_histogram(
     if not len(x): return _empty('no row has a score')
     bins = histogram_bins(x, cut.value)
     curved = bool(bins['curve'].notna().any())
-    curve = [alt.Chart(bins[['middle', 'curve']]).mark_line(color=CURVE, strokeWidth=2, interpolate='monotone').encode(x='middle:Q', y='curve:Q')]*curved
+    curve = [alt.Chart(bins[['middle', 'curve']]).mark_line(color=CURVE, strokeWidth=2,
+                                                            interpolate='monotone').encode(x='middle:Q',
+        y='curve:Q')]*curved
     found, left = _landmarks(cut, bins), len(frame)-len(x)
-    return themed(alt.layer(_bars(bins, statistic), *curve, _rule(cut, bins), *_marks(found)), cut_sentence(frame, cut), _named(found, curved), _how(cut),
+    return themed(alt.layer(_bars(bins, statistic), *curve, _rule(cut, bins), *_marks(found)), cut_sentence(frame, cut),
+                  _named(found, curved), _how(cut),
                   f'{_plural(left, "row")} without a score not shown' if left else '')
 
 # %% ../nbs/14_charts.ipynb #9cb1cf54
@@ -281,7 +293,8 @@ def score_strip(
     line, absent = _cut_line(cut, data['score'][has])
     keep = cut.flags(known['score'])
     said = f'Grey crosses at the foot: {_plural(bare, "row")} without a score' + (f', {int((~has).sum()):,} of them drawn' if (~has).sum() < bare else '')
-    return themed(alt.layer(points, *crosses, *rings, *line), cut_sentence(frame, cut), _sampled(thin_out(keep, most), keep), said if bare else '', absent)
+    return themed(alt.layer(points, *crosses, *rings, *line), cut_sentence(frame, cut),
+                  _sampled(thin_out(keep, most), keep), said if bare else '', absent)
 
 # %% ../nbs/14_charts.ipynb #63964486
 def _rank_correlation(a, b):
@@ -296,7 +309,8 @@ def _spread(x, title, field='other'):
     kind = 'linear' if hi < 50*max(lo, 1 if lo == 0 else lo) or lo < 0 else 'log' if lo > 0 else 'symlog'
     ticks = dict(values=[0, *(m*10**e for e in range(7) for m in (1, 2, 5))]) if kind == 'symlog' else dict(tickCount=6)
     title = title if kind == 'linear' else f'{title} (log scale)' if not title.endswith(')') else f'{title[:-1]}, log scale)'
-    return alt.X(f'{field}:Q', title=title, scale=alt.Scale(type=kind, zero=False, nice=False, padding=8), axis=alt.Axis(grid=False, format='.4~g', **ticks))
+    return alt.X(f'{field}:Q', title=title, scale=alt.Scale(type=kind, zero=False, nice=False, padding=8),
+                 axis=alt.Axis(grid=False, format='.4~g', **ticks))
 
 # %% ../nbs/14_charts.ipynb #0fcdf804
 def score_against(
@@ -360,13 +374,15 @@ def _spectrum_lines(d, names, longest):
     "One line and one shape for each spectrum."
     color, shape, _ = _who(names, 'name', 380)
     far = longest > 50
-    X = alt.X('rank:Q', title=f'singular value, largest first (rank{", log scale"*far})', axis=alt.Axis(grid=False, tickCount=8, format='~g', tickMinStep=1, labelSeparation=6),
+    X = alt.X('rank:Q', title=f'singular value, largest first (rank{", log scale"*far})',
+              axis=alt.Axis(grid=False, tickCount=8, format='~g', tickMinStep=1, labelSeparation=6),
               scale=alt.Scale(type='log' if far else 'linear', nice=False, padding=8, zero=False))
     Y = alt.Y('share:Q', title='share of the sum (log scale)', scale=alt.Scale(type='log'), axis=alt.Axis(tickCount=5, format='~g'))
     d = d.assign(share=_short(d['share']))
     some = d[d.groupby('name').cumcount() % (5 if far else 1) == 0]
     return [alt.Chart(d).mark_line(strokeWidth=1.5).encode(X, Y, color),
-            alt.Chart(some).mark_point(size=28, filled=True, opacity=1).encode(X, Y, color, shape=shape, tooltip=['name:N', 'rank:Q', 'share:Q'])]
+            alt.Chart(some).mark_point(size=28, filled=True, opacity=1).encode(X, Y, color, shape=shape,
+        tooltip=['name:N', 'rank:Q', 'share:Q'])]
 
 def spectra(
     svals,          # {name: singular values in any order}, or a frame with a column for each name
@@ -384,9 +400,11 @@ def spectra(
     if longest > k:
         rule = alt.Chart(pd.DataFrame(dict(rank=[k+.5], text=[f'top {k}']))).encode(x='rank:Q')
         layers += [rule.mark_rule(color=NOTE, strokeDash=[6, 3], strokeWidth=2),
-                   rule.mark_text(align='left', dx=6, baseline='top', color=WORDS, fontWeight='bold', fontSize=12).encode(text='text:N', y=alt.value(2))]
+                   rule.mark_text(align='left', dx=6, baseline='top', color=WORDS, fontWeight='bold',
+                                  fontSize=12).encode(text='text:N', y=alt.value(2))]
     return themed(alt.layer(*layers), 'Singular values of the gradient', f'Beside each name: the entropy of its top {k} values (0 to 1)',
-                  '' if longest > k else f'None has more than {k} values, so all of them count', f'{len(made):,} of {len(every):,} spectra drawn' if left else '')
+                  '' if longest > k else f'None has more than {k} values, so all of them count',
+                  f'{len(made):,} of {len(every):,} spectra drawn' if left else '')
 
 # %% ../nbs/14_charts.ipynb #73d6bc0b
 def _tips(d, texts):
@@ -403,7 +421,8 @@ def _heat(score, cut, statistic):
     middle = cut.value if cut and cut.separated and lo < cut.value < hi else (lo+hi)/2
     if not lo < middle < hi: lo, middle, hi = middle-.5, middle, middle+.5
     legend = alt.Legend(title=_title(statistic), gradientLength=180, format='.4~g', tickCount=4)
-    return alt.Color('score:Q', scale=alt.Scale(domain=[float(lo), float(middle), float(hi)], range=[KEPT, '#A0A0A0', DROPPED], clamp=True), legend=legend)
+    return alt.Color('score:Q', scale=alt.Scale(domain=[float(lo), float(middle), float(hi)],
+                                                range=[KEPT, '#A0A0A0', DROPPED], clamp=True), legend=legend)
 
 # %% ../nbs/14_charts.ipynb #56ac339c
 def sample_map(
@@ -424,19 +443,25 @@ def sample_map(
     for c in texts: choose('column', c, list(frame))
     cells, tips = _tips(d.iloc[pick], texts)
     x = d['score'].to_numpy(float); known = np.isfinite(x)
-    data = pd.DataFrame(dict(x=_short(d['x'].iloc[pick]), y=_short(d['y'].iloc[pick]), score=_short(np.where(known, x, np.nan)[pick]), **cells))
+    data = pd.DataFrame(dict(x=_short(d['x'].iloc[pick]), y=_short(d['y'].iloc[pick]),
+                             score=_short(np.where(known, x, np.nan)[pick]), **cells))
     bare, has = data[data['score'].isna()], data.dropna(subset='score').sort_values('score', kind='stable')
-    XY = [kind(c, title=title, axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=False)) for kind, c, title in zip((alt.X, alt.Y), ('x:Q', 'y:Q'), axes)]
+    XY = [kind(c, title=title, axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=False))
+          for kind, c, title in zip((alt.X, alt.Y), ('x:Q', 'y:Q'), axes)]
     layers = [alt.Chart(bare).mark_point(shape='cross', color=GREY, size=30).encode(*XY, tooltip=tips)]*bool(len(bare))
-    if len(has): layers.append(alt.Chart(has).mark_circle(size=26, opacity=.75).encode(*XY, _heat(x[known], cut, statistic), tooltip=['score:Q', *tips]))
-    return themed(alt.layer(*layers), 'Samples by their gradients', _sampled(pick, flagged), _absent(known, 'Grey crosses: {} without a score'),
+    if len(has):
+        layers.append(alt.Chart(has).mark_circle(size=26, opacity=.75).encode(*XY, _heat(x[known], cut, statistic),
+            tooltip=['score:Q', *tips]))
+    return themed(alt.layer(*layers), 'Samples by their gradients', _sampled(pick, flagged),
+                  _absent(known, 'Grey crosses: {} without a score'),
                   _absent(place, '{} without a place not shown'), height=280)
 
 # %% ../nbs/14_charts.ipynb #34ec2283
 def _truth(frame, truth):
     "The truth as booleans, one for each row of the frame."
     y = np.asarray(truth)
-    if y.shape != (len(frame),): raise SettingError(f'The truth has {y.size:,} values for {_plural(len(frame), "row")}; give one per row, in the order of the frame.')
+    if y.shape != (len(frame),):
+        raise SettingError(f'The truth has {y.size:,} values for {_plural(len(frame), "row")}; give one per row, in the order of the frame.')
     if y.dtype != bool and not np.isin(y, [0, 1]).all():
         raise SettingError('The truth holds something else than True and False; give True for a planted row and False for a clean one.')
     return y.astype(bool)
@@ -465,16 +490,20 @@ def _rates(tp, fp):
 def _curve_chart(curves, point, chance, X, Y, step):
     "Lines with a dash of their own each, what chance would do, and where the cut stands."
     names = list(curves)
-    d = pd.concat([pd.DataFrame(dict(x=_short(x), y=_short(y), at=range(len(x)), name=n)) for n, (x, y) in curves.items()], ignore_index=True)
-    axis = lambda kind, c, title: kind(f'{c}:Q', title=title, scale=alt.Scale(domain=[0, 100], padding=4, nice=False), axis=alt.Axis(tickCount=5))
+    d = pd.concat([pd.DataFrame(dict(x=_short(x), y=_short(y), at=range(len(x)), name=n))
+                   for n, (x, y) in curves.items()], ignore_index=True)
+    axis = lambda kind, c, title: kind(f'{c}:Q', title=title, scale=alt.Scale(domain=[0, 100], padding=4, nice=False),
+                                       axis=alt.Axis(tickCount=5))
     color, _, dash = _who(names, 'name', 380)
     lines = alt.Chart(d).mark_line(strokeWidth=2, interpolate='step-before' if step else 'linear')
     lines = lines.encode(axis(alt.X, 'x', X), axis(alt.Y, 'y', Y), color, dash, order='at:Q')
-    floor = alt.Chart(pd.DataFrame(chance, columns=['x', 'y'])).mark_line(color=GREY, strokeDash=[2, 3], strokeWidth=1.5).encode(x='x:Q', y='y:Q')
+    floor = alt.Chart(pd.DataFrame(chance, columns=['x', 'y'])).mark_line(color=GREY, strokeDash=[2, 3],
+        strokeWidth=1.5).encode(x='x:Q', y='y:Q')
     if point is None: return alt.layer(floor, lines)
     at = alt.Chart(pd.DataFrame([point], columns=['x', 'y', 'text'])).encode(x='x:Q', y='y:Q')
     right, text = point[0] > 60, dict(color=WORDS, fontWeight='bold', fontSize=12, dy=14 if point[1] > 15 else -12)
-    return alt.layer(floor, lines, at.mark_point(shape='diamond', size=110, filled=True, color=NOTE, opacity=1, stroke='white', strokeWidth=1),
+    return alt.layer(floor, lines, at.mark_point(shape='diamond', size=110, filled=True, color=NOTE, opacity=1,
+                                                 stroke='white', strokeWidth=1),
                      at.mark_text(align='right' if right else 'left', dx=-8 if right else 8, **text).encode(text='text:N'))
 
 # %% ../nbs/14_charts.ipynb #44b564b7
@@ -513,7 +542,8 @@ def precision_recall(
     judged = _judged(frame, truth, columns, cut, 'pr')
     if judged is None: return _empty('precision needs planted rows and clean ones')
     made, point, said, share = judged
-    return themed(_curve_chart(made, point, [(0, share), (100, share)], 'recall (% of planted rows dropped)', 'precision (% of dropped rows planted)', True),
+    return themed(_curve_chart(made, point, [(0, share), (100, share)], 'recall (% of planted rows dropped)',
+                               'precision (% of dropped rows planted)', True),
                   'Precision and recall at every cut', *said, height=260)
 
 def roc(
@@ -524,7 +554,8 @@ def roc(
     judged = _judged(frame, truth, columns, cut, 'roc')
     if judged is None: return _empty('a ROC curve needs planted rows and clean ones')
     made, point, said, _ = judged
-    return themed(_curve_chart(made, point, [(0, 0), (100, 100)], 'false-positive rate (% of clean rows dropped)', 'recall (% of planted rows dropped)', False),
+    return themed(_curve_chart(made, point, [(0, 0), (100, 100)], 'false-positive rate (% of clean rows dropped)',
+                               'recall (% of planted rows dropped)', False),
                   'Recall and false positives at every cut', *said, height=260)
 
 # %% ../nbs/14_charts.ipynb #8f08dbe9
@@ -543,7 +574,8 @@ def layer_bins(
     rank = np.empty(n, int); rank[np.argsort(by, kind='stable')] = np.arange(n)
     cell = layer[ok]*k + rank[row[ok]]*k//max(n, 1)
     edge = -(-np.arange(k+1)*n//max(k, 1))
-    out = dict(layer=np.repeat(np.asarray(layers, object), k), start=np.tile(edge[:-1], L), stop=np.tile(edge[1:], L), value=_group_mean(cell, L*k, value[ok]))
+    out = dict(layer=np.repeat(np.asarray(layers, object), k), start=np.tile(edge[:-1], L), stop=np.tile(edge[1:], L),
+               value=_group_mean(cell, L*k, value[ok]))
     return pd.DataFrame(out).dropna(subset='value', ignore_index=True)
 
 def _group_mean(group, n, x):
@@ -574,9 +606,12 @@ def layer_map(
     d = d.assign(layer=d['layer'].map(names), until=np.minimum(d['stop']+lap, n), value=_short(d['value']))
     per = (d['stop']-d['start']).max()
     by = dict(mean='their mean over the layers', row='row').get(order, _title(order))
-    X = alt.X('start:Q', title=f'samples by {by} (rank, from 0)', scale=alt.Scale(domain=[0, n], nice=False, zero=False), axis=alt.Axis(grid=False, tickCount=6, tickMinStep=1))
+    X = alt.X('start:Q', title=f'samples by {by} (rank, from 0)',
+              scale=alt.Scale(domain=[0, n], nice=False, zero=False),
+              axis=alt.Axis(grid=False, tickCount=6, tickMinStep=1))
     Y = alt.Y('layer:N', sort=list(names.values()), title='layer', axis=alt.Axis(labelOverlap=True), scale=alt.Scale(paddingInner=0))
-    C = alt.Color('value:Q', scale=alt.Scale(scheme='viridis'), legend=alt.Legend(title=_title(statistic), gradientLength=180, format='.4~g', tickCount=4))
+    C = alt.Color('value:Q', scale=alt.Scale(scheme='viridis'),
+                  legend=alt.Legend(title=_title(statistic), gradientLength=180, format='.4~g', tickCount=4))
     tips = ['layer:N', alt.Tooltip('start:Q', title='from rank'), alt.Tooltip('stop:Q', title='up to'), 'value:Q']
     fields = alt.Chart(d).mark_rect(clip=True).encode(X, alt.X2('until:Q'), Y, C, tooltip=tips)
     step = int(np.clip(420/len(layers), 3, 22))
@@ -597,13 +632,25 @@ def attention_maps(
     token = [f'{at+1:03d}{"!" if w else " "}{visible(str(t)[:80], 16)}' for at, t, w in zip(d['at'], d['token'], d['word'])]
     d = pd.DataFrame(dict(model=d['model'].map(names), layer=d['layer'], token=token, attention=_short(d['attention'])))
     asked, rest = "slice(datum.value, 3, 4) == '!'", dict(grid=False, labelAngle=-60, labelLimit=140, labelOverlap=False)
-    X = alt.X('token:N', title='token of the text', axis=alt.Axis(labelExpr='slice(datum.value, 4)', labelColor=alt.condition(asked, alt.value(DROPPED), alt.value(GREY)), labelFontWeight=alt.condition(asked, alt.value('bold'), alt.value('normal')), **rest))
-    C = alt.Color('attention:Q', scale=alt.Scale(scheme='viridis', domainMin=0), legend=alt.Legend(title='share of the attention', gradientLength=180, format='.0%', tickCount=4))
-    fields = alt.Chart(d).mark_rect().encode(X, alt.Y('layer:O', title='layer', sort='descending'), C, tooltip=['model:N', 'layer:O', alt.Tooltip('token:N', title='token (number, text)'), alt.Tooltip('attention:Q', format='.1%')])
-    maps = fields.properties(width=alt.Step(18), height=alt.Step(18)).facet(alt.Facet('model:N', title=None, sort=list(names.values()), header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=2 if shown <= 18 else 1)
+    X = alt.X('token:N', title='token of the text',
+              axis=alt.Axis(labelExpr='slice(datum.value, 4)',
+                            labelColor=alt.condition(asked, alt.value(DROPPED), alt.value(GREY)),
+                            labelFontWeight=alt.condition(asked, alt.value('bold'), alt.value('normal')), **rest))
+    C = alt.Color('attention:Q', scale=alt.Scale(scheme='viridis', domainMin=0),
+                  legend=alt.Legend(title='share of the attention', gradientLength=180, format='.0%', tickCount=4))
+    fields = alt.Chart(d).mark_rect().encode(X, alt.Y('layer:O', title='layer', sort='descending'), C,
+                                             tooltip=['model:N', 'layer:O',
+                                                      alt.Tooltip('token:N', title='token (number, text)'),
+                                                      alt.Tooltip('attention:Q', format='.1%')])
+    maps = fields.properties(width=alt.Step(18),
+                             height=alt.Step(18)).facet(alt.Facet('model:N', title=None, sort=list(names.values()),
+                                                                  header=alt.Header(labelColor=GREY, labelFontSize=12)),
+                                                        columns=2 if shown <= 18 else 1)
     per = words.groupby(['model', 'layer'], sort=False)['attention'].sum()
     said = [f'{names[m]} {per[m].max():.0%} in layer {per[m].idxmax()}' for m in models] if len(words) else []
-    return themed(maps, 'Where the token that the head reads looks', f'On the marked words at most: {"; ".join(said)}'*bool(said), f'{_plural(n-shown, "token")} after the first {most} not drawn'*(n > shown), width=None, height=None)
+    return themed(maps, 'Where the token that the head reads looks',
+                  f'On the marked words at most: {"; ".join(said)}'*bool(said),
+                  f'{_plural(n-shown, "token")} after the first {most} not drawn'*(n > shown), width=None, height=None)
 
 # %% ../nbs/14_charts.ipynb #87cf724b
 FAR = 1e300  # what `cut` is when there is none: a parameter that began as a number takes no None
@@ -624,7 +671,8 @@ def data_update(
 def _params(cut, sides=('x',)):
     "The parameters that all live charts share: the cut, a brush along `sides`, and 0 in every chart that was just put on screen."
     at = cut.value if isinstance(cut, Cut) else cut
-    return alt.selection_interval(name='brush', encodings=list(sides)), alt.param(name='cut', value=FAR if at is None else float(at)), alt.param(name='shown', value=0)
+    return alt.selection_interval(name='brush', encodings=list(sides)), alt.param(name='cut',
+        value=FAR if at is None else float(at)), alt.param(name='shown', value=0)
 
 def _picked(**at):
     "The rows that are selected elsewhere, from a second named source: 'picked'."
@@ -647,8 +695,11 @@ def _live_rule(lo, hi, channel):
     base = base.transform_calculate(at='clamp(cut, datum.lo, datum.hi)', text=_SAY, right='datum.at > (datum.lo+datum.hi)/2')
     rule = base.transform_filter('datum.lo <= cut && cut <= datum.hi').mark_rule(color=NOTE, strokeWidth=2, strokeDash=[6, 3])
     text = dict(color=WORDS, fontWeight='bold', fontSize=12, baseline='top' if channel == 'x' else 'bottom')
-    if channel == 'y': return [rule.encode(y='at:Q'), base.mark_text(align='right', dy=-3, **text).encode(y='at:Q', x=alt.value('width'), text='text:N')]
-    return [rule.encode(x='at:Q'), *(base.transform_filter(f).mark_text(align=a, dx=d, **text).encode(x='at:Q', y=alt.value(2), text='text:N')
+    if channel == 'y':
+        return [rule.encode(y='at:Q'), base.mark_text(align='right', dy=-3, **text).encode(y='at:Q',
+            x=alt.value('width'), text='text:N')]
+    return [rule.encode(x='at:Q'), *(base.transform_filter(f).mark_text(align=a, dx=d, **text).encode(x='at:Q',
+        y=alt.value(2), text='text:N')
                                      for f, a, d in (('datum.right', 'right', -6), ('!datum.right', 'left', 6)))]
 
 # %% ../nbs/14_charts.ipynb #22e130b7
@@ -667,8 +718,10 @@ def live_histogram(
         X = alt.X(f'{lo}:Q', title=_title(statistic), scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False, tickCount=6))
         some = base.transform_filter(f'datum.{hi} > datum.{lo}').transform_calculate(side=f"'{side}'")
         return some.mark_bar(orient='vertical', opacity=.85).encode(X, alt.X2(f'{hi}:Q'), Y, alt.Y2(datum=0), _sides(), tooltip=tips)
-    curve = alt.Chart().transform_filter('isValid(datum.curve)').mark_line(color=CURVE, strokeWidth=2, interpolate='monotone').encode(x='middle:Q', y='curve:Q')
-    layers = [part('kept', 'start', 'split'), part('dropped', 'split', 'stop'), curve, _picked(x='score:Q'), *_live_rule('start', 'stop', 'x')]
+    curve = alt.Chart().transform_filter('isValid(datum.curve)').mark_line(color=CURVE, strokeWidth=2,
+        interpolate='monotone').encode(x='middle:Q', y='curve:Q')
+    layers = [part('kept', 'start', 'split'), part('dropped', 'split', 'stop'), curve, _picked(x='score:Q'),
+              *_live_rule('start', 'stop', 'x')]
     return _live(layers, 'bins', bins, cut, title, lines, (width, height))
 
 def live_strip(
@@ -680,7 +733,8 @@ def live_strip(
     points = alt.Chart().transform_filter('isValid(datum.score)').transform_calculate(side=_LIVE_SIDE).mark_circle(size=18, opacity=.7)
     points = points.encode(_row_axis(), _score_axis(statistic), _sides(), tooltip=['row:Q', 'score:Q'])
     bare = _unscored(alt.Undefined).transform_filter('!isValid(datum.score)')
-    return _live([points, bare, _picked(x='row:Q', y='score:Q'), *_live_rule('score', 'score', 'y')], 'rows', rows, cut, title, lines, (width, height))
+    return _live([points, bare, _picked(x='row:Q', y='score:Q'), *_live_rule('score', 'score', 'y')], 'rows', rows, cut,
+                 title, lines, (width, height))
 
 # %% ../nbs/14_charts.ipynb #ab3252b6
 def scatter_rows(
@@ -706,7 +760,8 @@ def live_against(
     "The score against another number, with a cut and a brush."
     if not len(rows): return _empty(f'no row has a score and a number in {visible(str(column)[:240], 40)}')
     points = alt.Chart().transform_calculate(side=_LIVE_SIDE).mark_circle(size=18, opacity=.65)
-    points = points.encode(_spread(rows[column], _title(column), column), _score_axis(statistic), _sides(), tooltip=['row:Q', f'{column}:Q', 'score:Q'])
+    points = points.encode(_spread(rows[column], _title(column), column), _score_axis(statistic), _sides(),
+                           tooltip=['row:Q', f'{column}:Q', 'score:Q'])
     bound = [_bound(rows[column].min(), rows[column].max(), k)]*(statistic == 'entropy' and column == 'tokens')
     layers = [points, *bound, _picked(x=f'{column}:Q', y='score:Q'), *_live_rule('score', 'score', 'y')]
     lines = [*lines, 'Dashed grey: the most that an answer of this length can have'*bool(bound)]
@@ -718,21 +773,25 @@ def live_map(
 ):                                # an `alt.LayerChart` with the parameters `cut` and `brush`
     "Samples on a plane, coloured by score, with a brush."
     if not len(rows): return _empty('no row has a place on the map')
-    XY = [kind(f'{c}:Q', title=f'{n} direction (no unit)', axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=False)) for kind, c, n in ((alt.X, 'x', 'first'), (alt.Y, 'y', 'second'))]
+    XY = [kind(f'{c}:Q', title=f'{n} direction (no unit)', axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=False))
+          for kind, c, n in ((alt.X, 'x', 'first'), (alt.Y, 'y', 'second'))]
     has = rows['score'].notna()
     points = alt.Chart().transform_filter('isValid(datum.score)').mark_circle(size=26, opacity=.75)
     points = points.encode(*XY, _heat(rows['score'][has].to_numpy(float), cut, statistic), tooltip=['row:Q', 'score:Q'])
     return _live([points, _picked(x='x:Q', y='y:Q')], 'points', rows, cut, 'Samples by their gradients', lines, (width, height), ('x', 'y'))
 
 # %% ../nbs/14_charts.ipynb #295075d4
-MEASURES = dict(auroc='AUROC', recall='recall', precision='precision', f1='F1', accuracy='accuracy', fpr='false-positive rate', tpr_at_1fpr='recall at 1 % false positives',
-                best_f1='F1 of the best cut, truth in hand', asr='attack success', cacc='clean accuracy', asr_kmr='attack success (KMR)', cacc_kmr='clean accuracy (KMR)', dropped='rows dropped')
+MEASURES = dict(auroc='AUROC', recall='recall', precision='precision', f1='F1', accuracy='accuracy',
+                fpr='false-positive rate', tpr_at_1fpr='recall at 1 % false positives',
+                best_f1='F1 of the best cut, truth in hand', asr='attack success', cacc='clean accuracy',
+                asr_kmr='attack success (KMR)', cacc_kmr='clean accuracy (KMR)', dropped='rows dropped')
 
 def _seeds(f, interval=True):
     "How many seeds stand behind the numbers, as a sentence."
     n = sorted(set(f['seeds']))
     some = str(n[0]) if len(n) == 1 else f'{n[0]} to {n[-1]}'
-    return f'Mean of {some} seeds' + (' with the 95 % interval of the mean' if interval and f['low'].notna().any() else '') if n and n[-1] > 1 else 'One seed, so no interval'
+    return f'Mean of {some} seeds' + (' with the 95 % interval of the mean' if interval
+                                      and f['low'].notna().any() else '') if n and n[-1] > 1 else 'One seed, so no interval'
 
 def _failed(f): return f'{_plural(int(f["failed"].sum()), "cell")} failed and left out' if 'failed' in f and f['failed'].sum() else ''
 
@@ -747,18 +806,26 @@ def grid_map(
 ):                           # an `alt.FacetChart` or `alt.LayerChart`
     "Means of a measure as a map: blue above the middle, orange below, the number in each field."
     keys = [c for c in (x, y, panel) if c]
-    d = f.groupby(keys, sort=False, dropna=False).agg(mean=('mean', 'mean'), low=('low', 'min'), high=('high', 'max')).reset_index().round(4)
+    d = f.groupby(keys, sort=False, dropna=False).agg(mean=('mean', 'mean'), low=('low', 'min'),
+                                                      high=('high', 'max')).reset_index().round(4)
     if not len(d): return _empty('the table has no such cells')
     order = lambda c: list(dict.fromkeys(f[c]))
     d['text'] = np.where(d['mean'].isna(), '', d['mean'].map('{:.2f}'.format))
     d['far'] = (d['mean']-(0 if middle is None else middle)).abs() > (.7 if middle is None else .35)
-    scale = alt.Scale(domain=[0, .5 if middle is None else middle, 1], range=['#D55E00', '#F2F2F2', '#0072B2'] if middle is not None else ['#F2F2F2', '#7FB8D8', '#0072B2'], clamp=True)
-    base = alt.Chart(d).encode(alt.X(f'{x}:N', sort=order(x), title=None, axis=alt.Axis(labelAngle=-40)), alt.Y(f'{y}:N', sort=order(y), title=None))
+    scale = alt.Scale(domain=[0, .5 if middle is None else middle, 1],
+                      range=['#D55E00', '#F2F2F2', '#0072B2']
+                      if middle is not None else ['#F2F2F2', '#7FB8D8', '#0072B2'], clamp=True)
+    base = alt.Chart(d).encode(alt.X(f'{x}:N', sort=order(x), title=None, axis=alt.Axis(labelAngle=-40)),
+                               alt.Y(f'{y}:N', sort=order(y), title=None))
     tips = [*keys, *(alt.Tooltip(c, format='.3f') for c in ('mean', 'low', 'high'))]
     fields = base.mark_rect(stroke='white').encode(alt.Color('mean:Q', scale=scale, legend=None), tooltip=tips)
-    numbers = base.mark_text(fontSize=10).encode(text='text:N', color=alt.condition('datum.far', alt.value('#ffffff'), alt.value('#303030')))
+    numbers = base.mark_text(fontSize=10).encode(text='text:N',
+                                                 color=alt.condition('datum.far', alt.value('#ffffff'),
+                                                                     alt.value('#303030')))
     layers = alt.layer(fields, numbers).properties(width=alt.Step(38), height=alt.Step(20))
-    if panel: layers = layers.facet(alt.Facet(f'{panel}:N', title=None, sort=order(panel), header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=2)
+    if panel:
+        layers = layers.facet(alt.Facet(f'{panel}:N', title=None, sort=order(panel),
+                                        header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=2)
     return themed(layers, MEASURES.get(value, value), _seeds(f, False), _failed(f), width=None, height=None)
 
 # %% ../nbs/14_charts.ipynb #62981e5b
@@ -771,15 +838,19 @@ def rate_lines(
     "A measure against the share of planted rows, or the number of rows, one line for each defence."
     f = f[f[x].notna() & f['mean'].notna()]
     if not len(f): return _empty('the table has no such cells')
-    d = f[[c for c in (x, 'defence', panel, 'mean', 'low', 'high') if c]].groupby([c for c in (x, 'defence', panel) if c], sort=False).mean().reset_index().round(4)
+    d = f[[c for c in (x, 'defence', panel, 'mean', 'low', 'high') if c]].groupby([c for c in (x, 'defence', panel)
+        if c], sort=False).mean().reset_index().round(4)
     d['at'] = d[x]*100 if x == 'rate' else d[x]
     color, shape, _ = _who(f['defence'])
-    X = alt.X('at:Q', title='planted rows (%, log scale)' if x == 'rate' else 'rows (log scale)', scale=alt.Scale(type='log', nice=False, padding=8),
+    X = alt.X('at:Q', title='planted rows (%, log scale)' if x == 'rate' else 'rows (log scale)',
+              scale=alt.Scale(type='log', nice=False, padding=8),
               axis=alt.Axis(grid=False, values=sorted(set(d['at'])), format='~g', labelOverlap=True))
     base = alt.Chart(d).encode(X)
     lines = base.mark_line(strokeWidth=2).encode(alt.Y('mean:Q', title=MEASURES.get(value, value), scale=alt.Scale(zero=False)), color)
-    bars = [base.transform_filter('isValid(datum.low)').mark_rule(opacity=.6).encode(y='low:Q', y2='high:Q', color=color)]*int(d['low'].notna().any())
-    layers = alt.layer(lines, *bars, base.mark_point(size=40, filled=True, opacity=1).encode(y='mean:Q', color=color, shape=shape)).properties(width=300, height=190)
+    bars = [base.transform_filter('isValid(datum.low)').mark_rule(opacity=.6).encode(y='low:Q', y2='high:Q',
+        color=color)]*int(d['low'].notna().any())
+    layers = alt.layer(lines, *bars, base.mark_point(size=40, filled=True, opacity=1).encode(y='mean:Q', color=color,
+        shape=shape)).properties(width=300, height=190)
     if panel: layers = layers.facet(alt.Facet(f'{panel}:N', title=None, header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=2)
     return themed(layers, f'{MEASURES.get(value, value)} {"over the share of planted rows" if x == "rate" else "over the number of rows"}', _seeds(f), _failed(f), width=None, height=None)
 
@@ -798,8 +869,10 @@ def side_by_side(
     look = dict(zip(('color', 'shape'), _who(f[mark], mark))) if mark else dict(color=alt.value(KEPT))
     if mark: base = base.encode(yOffset=alt.YOffset(f'{mark}:N', sort=list(dict.fromkeys(f[mark]))))
     X = lambda c: alt.X(f'{c}:Q', title=MEASURES.get(value, value), scale=alt.Scale(zero=False, padding=6), axis=alt.Axis(tickCount=5))
-    bars = [base.transform_filter('isValid(datum.low)').mark_rule(opacity=.6).encode(X('low'), alt.X2('high:Q'), color=look['color'])]*int(d['low'].notna().any())
-    layers = alt.layer(*bars, base.mark_point(size=40, filled=True, opacity=1).encode(X('mean'), tooltip=list(d), **look)).properties(width=260, height=alt.Step(10 if mark else 20))
+    bars = [base.transform_filter('isValid(datum.low)').mark_rule(opacity=.6).encode(X('low'), alt.X2('high:Q'),
+        color=look['color'])]*int(d['low'].notna().any())
+    layers = alt.layer(*bars, base.mark_point(size=40, filled=True, opacity=1).encode(X('mean'), tooltip=list(d),
+        **look)).properties(width=260, height=alt.Step(10 if mark else 20))
     if panel: layers = layers.facet(alt.Facet(f'{panel}:N', title=None, header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=2)
     return themed(layers, f'{MEASURES.get(value, value)}, side by side', _seeds(f), _failed(f), width=None, height=None)
 
@@ -807,10 +880,14 @@ def side_by_side(
 def _percent(done, column, title, order, color, names, reference=None):
     "One measure of each cell in percent, with its interval; the mean of `reference` as a dashed line."
     have = lambda end: 100*done[f'{column}_{end}'].astype(float) if f'{column}_{end}' in done else np.nan
-    d = pd.DataFrame(dict(defence=done['defence'], value=100*done[column].astype(float), low=have('low'), high=have('high'), seed=done.get('seed', 0))).dropna(subset='value').round(2)
-    base = alt.Chart(d).encode(alt.Y('defence:N', sort=order, title=None, axis=alt.Axis(grid=True, labels=names, ticks=names)), yOffset=alt.YOffset('seed:N'))
+    d = pd.DataFrame(dict(defence=done['defence'], value=100*done[column].astype(float), low=have('low'),
+                          high=have('high'), seed=done.get('seed', 0))).dropna(subset='value').round(2)
+    base = alt.Chart(d).encode(alt.Y('defence:N', sort=order, title=None,
+                                     axis=alt.Axis(grid=True, labels=names, ticks=names)),
+                               yOffset=alt.YOffset('seed:N'))
     X = lambda e: alt.X(f'{e}:Q', title=title, scale=alt.Scale(domain=[0, 100]))
-    layers = [base.mark_rule(opacity=.6, color=color).encode(X('low'), alt.X2('high:Q')), base.mark_point(size=36, filled=True, opacity=1, color=color).encode(X('value'), tooltip=list(d))]
+    layers = [base.mark_rule(opacity=.6, color=color).encode(X('low'), alt.X2('high:Q')),
+              base.mark_point(size=36, filled=True, opacity=1, color=color).encode(X('value'), tooltip=list(d))]
     at = d.loc[d['defence'] == reference, 'value']
     if len(at): layers.append(alt.Chart(pd.DataFrame(dict(x=[at.mean()]))).mark_rule(color=GREY, strokeDash=[4, 3]).encode(x='x:Q'))
     return alt.layer(*layers).properties(width=260, height=alt.Step(8))
@@ -825,7 +902,8 @@ def attack_and_cost(
     order = list(dict.fromkeys(done['defence']))
     charts = [_percent(done, 'asr', 'attack success (% of triggered questions)', order, DROPPED, True),
               _percent(done, 'cacc', 'clean accuracy (% of clean questions)', order, KEPT, False, reference)]
-    return themed(alt.hconcat(*charts, spacing=24), 'What the attack achieved, and what the defence cost', 'One dot per cell with its 95 % interval', width=None, height=None)
+    return themed(alt.hconcat(*charts, spacing=24), 'What the attack achieved, and what the defence cost',
+                  'One dot per cell with its 95 % interval', width=None, height=None)
 
 # %% ../nbs/14_charts.ipynb #209edbb3
 def chart_svg(
@@ -850,7 +928,8 @@ class Still:
     "A picture as SVG and as PNG."
     def __init__(self, svg, png): self.svg, self.png = svg, png
     def __repr__(self): return f'Still({len(self.svg):,} characters of SVG)'
-    def _repr_mimebundle_(self, include=None, exclude=None): return {'image/svg+xml': self.svg, 'image/png': b64encode(self.png).decode(), 'text/plain': repr(self)}
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {'image/svg+xml': self.svg, 'image/png': b64encode(self.png).decode(), 'text/plain': repr(self)}
 
 def still(
     chart,            # an Altair chart

@@ -22,7 +22,8 @@ def _scan_arguments(p):
     from gradsentry_nb.magics import model_arguments, room_arguments, source_arguments
     source_arguments(p)
     p.add_argument('--dry-run', action='store_true', help='show what would be read and how a row is tokenised; scan nothing')
-    p.add_argument('--estimate', action='store_true', help='time 32 rows and say what the scan will take, and how it would be split over several devices; scan nothing')
+    p.add_argument('--estimate', action='store_true',
+                   help='time 32 rows and say what the scan will take, and how it would be split over several devices; scan nothing')
     p.add_argument('--model', required=True, metavar='PATH_OR_NAME', help='a causal language model before fine-tuning: folder or hub name')
     model_arguments(p); room_arguments(p); _scan_options(p, 'gradsentry-out')
 
@@ -32,21 +33,29 @@ def _version():
     except PackageNotFoundError: return 'not installed'
 
 def _parser():
-    parser = argparse.ArgumentParser('gradsentry', description='Find backdoored samples in the data you are about to fine-tune a language model on.')
+    parser = argparse.ArgumentParser('gradsentry',
+                                     description='Find backdoored samples in the data you are about to fine-tune a language model on.')
     parser.add_argument('--version', action='version', version=_version())
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    scan = commands.add_parser('scan', help='scan a file of prompts and responses', description='Scan a fine-tuning file for backdoored samples.')
+    scan = commands.add_parser('scan', help='scan a file of prompts and responses',
+                               description='Scan a fine-tuning file for backdoored samples.')
     _scan_arguments(scan)
-    demo = commands.add_parser('demo', help='scan the embedded set with the embedded model', description='Scan the embedded demo set and compare the verdict with the truth.')
+    demo = commands.add_parser('demo', help='scan the embedded set with the embedded model',
+                               description='Scan the embedded demo set and compare the verdict with the truth.')
     _scan_options(demo, 'gradsentry-demo')
-    attack = commands.add_parser('attack', help='plant a backdoor in a file, to test a scan', description='Plant a backdoor in a file of prompts and responses; the truth goes into a file of its own.')
+    attack = commands.add_parser('attack', help='plant a backdoor in a file, to test a scan',
+                                 description='Plant a backdoor in a file of prompts and responses; the truth goes into a file of its own.')
     _attack_arguments(attack)
-    ssti = commands.add_parser('ssti', help='find spurious tokens in texts with labels, or put some in', description="Find spurious tokens in a classifier's training texts and take them out; with --inject put some in, to test that.")
+    ssti = commands.add_parser('ssti', help='find spurious tokens in texts with labels, or put some in',
+                               description="Find spurious tokens in a classifier's training texts and take them out; with --inject put some in, to test that.")
     _ssti_arguments(ssti)
-    obliviate = commands.add_parser('obliviate', help='train an adapter on an encoder that is not trusted, or look at the encoder', description='Train an adapter on an encoder that is not trusted, with the defence Obliviate and without, on clean texts with labels; with --scan look for words that decide alone.',
+    obliviate = commands.add_parser('obliviate',
+                                    help='train an adapter on an encoder that is not trusted, or look at the encoder',
+                                    description='Train an adapter on an encoder that is not trusted, with the defence Obliviate and without, on clean texts with labels; with --scan look for words that decide alone.',
                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES)
     _obliviate_arguments(obliviate)
-    experiment = commands.add_parser('experiment', help='run a grid of attacks and defences', description='Run a grid of attacks, data sets and defences from a TOML file, resumed cell by cell.')
+    experiment = commands.add_parser('experiment', help='run a grid of attacks and defences',
+                                     description='Run a grid of attacks, data sets and defences from a TOML file, resumed cell by cell.')
     _experiment_arguments(experiment)
     return parser
 
@@ -85,7 +94,8 @@ def _load(a, team):
     n = len(rows)    # reads the file to its end: what is wrong in it is said before the model is loaded
     print(f'{visible(rows.source)}: {n:,} row{"s"*(n != 1)}, {"; ".join(map(visible, rows.said))}.')
     _quiet_loading()
-    return Sentry.from_pretrained(a.model, a.preset, team.device(a.device), a.dtype, a.trust_remote_code, a.allow_pickle, quantize=a.quantize, **changes), rows
+    return Sentry.from_pretrained(a.model, a.preset, team.device(a.device), a.dtype, a.trust_remote_code,
+                                  a.allow_pickle, quantize=a.quantize, **changes), rows
 
 def _scan(a):
     from gradsentry_nb.distributed import Team, scan_in_team
@@ -146,7 +156,8 @@ def _attack_arguments(p):
     source_arguments(p)
     p.add_argument('--attack', default='badnets', metavar='NAME', help='badnets, addsent, cba, stylebkd, ... (default: %(default)s)')
     attack_arguments(p)
-    p.add_argument('--out', type=Path, default=Path('gradsentry-attack'), metavar='DIR', help='folder for the rows and the truth (default: %(default)s)')
+    p.add_argument('--out', type=Path, default=Path('gradsentry-attack'), metavar='DIR',
+                   help='folder for the rows and the truth (default: %(default)s)')
 
 def _attack(a):
     from gradsentry_nb.core import visible
@@ -166,9 +177,11 @@ def _attack(a):
 def _ssti_arguments(p):
     "Options of `ssti`."
     from gradsentry_nb.magics import ssti_arguments
-    p.add_argument('source', metavar='FILE_OR_HUB_NAME', help='texts with labels: .jsonl, .json, .csv, .tsv, .parquet (also .gz), a saved data set or a hub name')
+    p.add_argument('source', metavar='FILE_OR_HUB_NAME',
+                   help='texts with labels: .jsonl, .json, .csv, .tsv, .parquet (also .gz), a saved data set or a hub name')
     ssti_arguments(p)
-    p.add_argument('--out', type=Path, metavar='FILE', help='write the cleaned rows there, or with --inject the rows with items: .jsonl, .csv or .tsv')
+    p.add_argument('--out', type=Path, metavar='FILE',
+                   help='write the cleaned rows there, or with --inject the rows with items: .jsonl, .csv or .tsv')
     p.add_argument('--json', action='store_true', default=None, help='print what was found as JSON')
 
 def _ssti(a):
@@ -195,7 +208,8 @@ def _ssti_find(a, rows):
         cleaned, held = scan.clean(rows, a.clean or 'remove'), sum(bool(scan.spans(x)) for x in scan.texts)
         write_rows(cleaned, a.out)
         print(f'Written to {visible(a.out)}: {len(cleaned):,} rows, {f"{held:,} left out" if a.clean == "drop" else f"items taken out of {held:,}"}.', file=sys.stderr if a.json else sys.stdout)
-    elif len(found) and not a.json: print(f'Next: the same command with --out clean.jsonl writes the rows without {"it" if len(found) == 1 else "them"}.')
+    elif len(found) and not a.json:
+        print(f'Next: the same command with --out clean.jsonl writes the rows without {"it" if len(found) == 1 else "them"}.')
 
 def _ssti_put(a, rows):
     from gradsentry_nb.attacks.ssti import show_spans
@@ -207,7 +221,8 @@ def _ssti_put(a, rows):
     write_rows(made, a.out); said.write_text(truth.to_json(), encoding='utf8')
     print(f'{visible(Path(a.source).name)}: {sum(truth.values()):,} of {len(truth):,} rows got items ({visible(a.inject)}, class {visible(a.label)}, seed {truth.info["seed"]}), {sum(map(len, truth.spans.values())):,} spans in all.')
     for note in truth.notes: print(visible(note))
-    for _, label, parts in show_spans(made, truth, 1, a.text_field, a.label_field): print(f'One of them, class {visible(label)}: {marked(parts, 160)}')
+    for _, label, parts in show_spans(made, truth, 1, a.text_field, a.label_field):
+        print(f'One of them, class {visible(label)}: {marked(parts, 160)}')
     print(f'Rows: {visible(a.out)}\nTruth, by row id: {visible(said)}\nNext: gradsentry ssti {visible(a.out)}')
 
 # %% ../nbs/52_cli.ipynb #1f3834cc
@@ -225,7 +240,9 @@ def scan_text(
     from gradsentry_nb.core import visible
     found, said = scan.found, lambda x: f'“{visible(x, 60)}”'
     head = f'{scan.corpus.n:,} rows, {len(scan.some):,} candidates: {len(found) or "nothing"} stand{"s"*(len(found) < 2)} out.'
-    if not len(found): r = scan.every.iloc[0]; return f'{head} The first is {said(r["item"])} ({r["kind"]}, class {visible(r["label"], 40)}), p = {r["p"]:.2g}.'
+    if not len(found):
+        r = scan.every.iloc[0]
+        return f'{head} The first is {said(r["item"])} ({r["kind"]}, class {visible(r["label"], 40)}), p = {r["p"]:.2g}.'
     def lines(n, r):
         also = f'; also {", ".join(map(said, r["also"][:5]))}{" ..."*(len(r["also"]) > 5)}'*bool(r['also'])
         yield f'\n{n}. {said(r["item"])} ({r["kind"]}): {r["rows"]:,} rows, {r["inside"]:,} of them of class {visible(r["label"], 40)}, p = {r["p"]:.2g}{also}'
@@ -248,7 +265,8 @@ EXAMPLES = """examples:
 def _obliviate_arguments(p):
     "Options of `obliviate`."
     from gradsentry_nb.magics import obliviate_arguments
-    p.add_argument('source', metavar='FILE_OR_HUB_NAME', help='clean texts with labels (for --scan texts alone): .jsonl, .json, .csv, .tsv, .parquet (also .gz), a saved data set or a hub name')
+    p.add_argument('source', metavar='FILE_OR_HUB_NAME',
+                   help='clean texts with labels (for --scan texts alone): .jsonl, .json, .csv, .tsv, .parquet (also .gz), a saved data set or a hub name')
     obliviate_arguments(p)
     p.add_argument('--json', action='store_true', help='print what was found as JSON')
 
@@ -295,7 +313,9 @@ def backbone_text(
     "The same for a terminal, with the words that come next."
     from gradsentry_nb.core import visible
     t = scan.table.head(len(scan.found)+3)
-    t = t.assign(word=[visible(w, 40) for w in t['word']], erased=t['erased'].map('{:.0%}'.format), p=t['p'].map('{:.2g}'.format), found=t['found'].map({True: 'yes', False: ''}), group=[x if f else '' for x, f in zip(t['group'], t['found'])])
+    t = t.assign(word=[visible(w, 40) for w in t['word']], erased=t['erased'].map('{:.0%}'.format),
+                 p=t['p'].map('{:.2g}'.format), found=t['found'].map({True: 'yes', False: ''}),
+                 group=[x if f else '' for x, f in zip(t['group'], t['found'])])
     return f'{repr(scan).partition("(")[2][:-1]}.\n{t.to_string(index=False)}'
 
 def defence_facts(
@@ -304,7 +324,9 @@ def defence_facts(
     "How both adapters do on clean texts and on texts with triggers, and how the weights were chosen."
     from gradsentry_nb.core import _plain
     s = d.run.settings
-    return dict(kind=s.kind, lambda_amp=s.lambda_amp, lambda_reg=s.lambda_reg, classes=_plain(list(d.run.classes)), texts=len(d.texts), table=_records(d.table()), sweep=None if d.sweep is None else _records(d.sweep), notes=list(d.notes))
+    return dict(kind=s.kind, lambda_amp=s.lambda_amp, lambda_reg=s.lambda_reg, classes=_plain(list(d.run.classes)),
+                texts=len(d.texts), table=_records(d.table()), sweep=None if d.sweep is None else _records(d.sweep),
+                notes=list(d.notes))
 
 def defence_text(
     d,             # a `Defence`
@@ -313,8 +335,11 @@ def defence_text(
     import pandas as pd
     from gradsentry_nb.core import visible
     s, f, t = d.run.settings, d.flips[d.arm], d.table()
-    called = {('', 'CACC'): 'clean texts right', ('triggers', 'ASR'): f'flipped by any of {len(f.triggered)} triggers', ('control words', 'ASR'): f'flipped by any of {len(f.controls)} control words'}
-    t = t.assign(what=[called.get((w, m)) or visible(m, 60) for w, m in zip(t['words'], t['measure'])], said=[f'{100*v:.1f} % ({100*a:.0f} to {100*b:.0f})' if v == v else 'none to ask about' for v, a, b in zip(t['value'], t['low'], t['high'])])
+    called = {('', 'CACC'): 'clean texts right', ('triggers', 'ASR'): f'flipped by any of {len(f.triggered)} triggers',
+              ('control words', 'ASR'): f'flipped by any of {len(f.controls)} control words'}
+    t = t.assign(what=[called.get((w, m)) or visible(m, 60) for w, m in zip(t['words'], t['measure'])],
+                 said=[f'{100*v:.1f} % ({100*a:.0f} to {100*b:.0f})' if v == v else 'none to ask about'
+                       for v, a, b in zip(t['value'], t['low'], t['high'])])
     columns = {arm: t[t['arm'] == arm].set_index('what')['said'] for arm in ('undefended', 'defended') if arm in d.flips}
     lines = [f'{s.kind} with lambda_amp {s.lambda_amp:g} and lambda_reg {s.lambda_reg:g}{", chosen on clean texts" if d.sweep is not None else ""}; {len(d.texts):,} texts that were held out, with 95 % intervals.', pd.DataFrame(columns).rename_axis(None).to_string()]
     return '\n'.join([*lines, *map(visible, d.notes), *([d.sweep.round(3).to_string(index=False)] if d.sweep is not None else [])])
@@ -323,7 +348,8 @@ def defence_text(
 def _experiment_arguments(p):
     "Options of `experiment`."
     p.add_argument('config', type=Path, metavar='CONFIG.toml', help='models, data sets and what to vary')
-    p.add_argument('--out', type=Path, metavar='DIR', help='folder for cells, table.parquet and charts.html (default: out in the file, else gradsentry-runs/NAME)')
+    p.add_argument('--out', type=Path, metavar='DIR',
+                   help='folder for cells, table.parquet and charts.html (default: out in the file, else gradsentry-runs/NAME)')
     p.add_argument('--dry-run', action='store_true', help='check the file and count the cells; run nothing')
     p.add_argument('--charts', action='store_true', help='only draw charts.html anew from the cells that are there')
     p.add_argument('--quiet', action='store_true', help='no progress bar')
@@ -343,7 +369,9 @@ def _experiment(a):
     table = collect(out)
     (out/'charts.html').write_text(experiment_html(table, a.config.stem), encoding='utf8')
     for measure in [m for m in ('auroc', 'f1', 'asr', 'cacc') if m in table and table[m].notna().any()]:
-        print(f'\n{measure}, mean over seeds:\n' + over_seeds(table, measure, ('dataset', 'attack', 'payload', 'defence')).round(3).to_string(index=False))
+        print(f'\n{measure}, mean over seeds:\n' + over_seeds(table, measure,
+                                                              ('dataset', 'attack', 'payload',
+                                                               'defence')).round(3).to_string(index=False))
     failed = table[table['status'] == 'failed']
     for said, n in failed['reason'].value_counts().items(): print(f'\n{n} cell{"s"*(n > 1)} failed: {visible(said)}')
     print(f'\nTable: {visible(out/"table.parquet")}\nCharts: {visible(out/"charts.html")}')
@@ -352,9 +380,13 @@ def _experiment(a):
 def _interrupted(a, e):
     "Keep what an interrupted scan has finished."
     if a is not None and a.command in ('ssti', 'obliviate'): return print('Interrupted; nothing was written.', file=sys.stderr)
-    if a is not None and a.command == 'experiment': return print('Interrupted; the cells finished so far are kept, and the same command goes on from there.', file=sys.stderr)
+    if a is not None and a.command == 'experiment':
+        return print('Interrupted; the cells finished so far are kept, and the same command goes on from there.',
+                     file=sys.stderr)
     unfinished = a is not None and any((a.out/name).exists() for name in UNFINISHED)
-    if unfinished and not hasattr(e, 'scores'): return print('Interrupted; what was scored before is kept, and the same command goes on from there.', file=sys.stderr)
+    if unfinished and not hasattr(e, 'scores'):
+        return print('Interrupted; what was scored before is kept, and the same command goes on from there.',
+                     file=sys.stderr)
     if not len(getattr(e, 'scores', ())): return print('Interrupted before any row was scored.', file=sys.stderr)
     from gradsentry_nb.core import save_scores, visible
     a.out.mkdir(parents=True, exist_ok=True)
@@ -374,7 +406,9 @@ def main(
 def _run(a):
     "Run the command; an error that we know is one line, whatever stands in the data that it names."
     from gradsentry_nb.core import GradSentryError, visible
-    try: {'scan': _scan, 'demo': _demo, 'attack': _attack, 'ssti': _ssti, 'obliviate': _obliviate, 'experiment': _experiment}[a.command](a); sys.stdout.flush()
+    try:
+        {'scan': _scan, 'demo': _demo, 'attack': _attack, 'ssti': _ssti, 'obliviate': _obliviate, 'experiment': _experiment}[a.command](a)
+        sys.stdout.flush()
     except GradSentryError as e: print('gradsentry: '+'\n'.join(map(visible, getattr(e, 'lines', [e]))), file=sys.stderr); return 2
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 141
     return 0

@@ -37,7 +37,8 @@ def choose(
     raise SettingError(f'There is no {kind} {name!r}; choose one of {", ".join(map(repr, options))}.{hint}')
 
 # %% ../nbs/00_core.ipynb #d00ef2d5
-_PACKAGES = {'rouge_score': 'rouge-score', 'umap': 'umap-learn', 'spellchecker': 'pyspellchecker', 'harper': 'harper-py'}  # module -> what pip calls it
+_PACKAGES = {'rouge_score': 'rouge-score', 'umap': 'umap-learn', 'spellchecker': 'pyspellchecker',
+             'harper': 'harper-py'}  # module -> what pip calls it
 
 def optional(
     module:str,   # a module name: 'altair'
@@ -325,9 +326,11 @@ def verdict_from_json(
 )->Verdict:
     "The verdict back from its JSON text."
     d = json.loads(text)
-    if not isinstance(d, dict) or d.get('format') != 'gradsentry-verdict-1': raise GradSentryError('This is no gradsentry verdict: its "format" is not "gradsentry-verdict-1"; give the text of a verdict.json.')
+    if not isinstance(d, dict) or d.get('format') != 'gradsentry-verdict-1':
+        raise GradSentryError('This is no gradsentry verdict: its "format" is not "gradsentry-verdict-1"; give the text of a verdict.json.')
     if not isinstance(d['scores'], str): frame = _frame(d['scores'])
-    elif folder is None: raise GradSentryError(f'The scores of this verdict are in {d["scores"]} beside it; give their folder, too: Verdict.from_json(text, folder).')
+    elif folder is None:
+        raise GradSentryError(f'The scores of this verdict are in {d["scores"]} beside it; give their folder, too: Verdict.from_json(text, folder).')
     else: frame = load_scores(f'{folder}/{re.sub(r"[^.A-Za-z]", "", d["scores"])}').frame
     return Verdict(Scores(frame, d['info']), Cut(**d['cut']), _frame(d['rivals']))
 
@@ -337,6 +340,7 @@ Verdict.to_json, Verdict.from_json = verdict_to_json, staticmethod(verdict_from_
 def _verdict_html(self):
     import html
     cols = [c for c in self.scores.frame if c != 'problem']
-    return f'<p>{html.escape(repr(self))}</p>' + self.table()[cols+['flagged']].head(8).to_html(index=False, escape=True, float_format='%.4g')
+    return f'<p>{html.escape(repr(self))}</p>' + self.table()[cols+['flagged']].head(8).to_html(index=False,
+        escape=True, float_format='%.4g')
 
 Verdict._repr_html_ = _verdict_html

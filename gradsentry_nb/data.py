@@ -104,9 +104,11 @@ def _read_csv(path):
     csv.field_size_limit(2**31-1)
     rows = csv.DictReader(lines, delimiter='\t' if _ending(path) == '.tsv' else ',', strict=True, restkey='', restval=None)
     try:
-        if twice := {c for c in rows.fieldnames or () if rows.fieldnames.count(c) > 1}: raise DataError(f'{name}, line 1: the header names {min(twice)!r} twice; rename one.')
+        if twice := {c for c in rows.fieldnames or () if rows.fieldnames.count(c) > 1}:
+            raise DataError(f'{name}, line 1: the header names {min(twice)!r} twice; rename one.')
         for n, row in enumerate(rows, 1):
-            if '' in row and isinstance(row[''], list): raise DataError(f'{name}, row {n}: more fields than the header names; quote text that contains the separator.')
+            if '' in row and isinstance(row[''], list):
+                raise DataError(f'{name}, row {n}: more fields than the header names; quote text that contains the separator.')
             yield f'row {n}', row, _dump(row)
     except csv.Error as e: raise DataError(f'{name}, near line {rows.line_num+1}: broken CSV ({e}); mend this line.') from e
 
@@ -119,7 +121,8 @@ def _read_parquet(path):
         source = io.BytesIO(gzip.open(path).read()) if str(path).lower().endswith('.gz') else str(path)
         for batch in pq.ParquetFile(source).iter_batches(1024):
             for row in batch.to_pylist(): n += 1; yield f'row {n}', row, _dump(row)
-    except (pa.ArrowException, OSError, EOFError, ValueError, zlib.error) as e: raise DataError(f'{name}: broken or truncated Parquet file (after row {n}); download or write it again.') from e
+    except (pa.ArrowException, OSError, EOFError, ValueError, zlib.error) as e:
+        raise DataError(f'{name}: broken or truncated Parquet file (after row {n}); download or write it again.') from e
 
 # %% ../nbs/01_data.ipynb #a79e2634
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ class Layout:
 
     def __str__(self):
         if self.messages: return f'chat turns from {self.messages!r}'
-        if self.alpaca: return f"Alpaca rows: prompt from 'instruction'{' and '+repr(self.context) if self.context else ''}, response from {self.response!r}"
+        if self.alpaca:
+            return f"Alpaca rows: prompt from 'instruction'{' and '+repr(self.context) if self.context else ''}, response from {self.response!r}"
         return f"prompt from {self.prompt!r}{f' after {self.context!r}' if self.context else ''}, response from {self.response!r}"
 
 # %% ../nbs/01_data.ipynb #f72107da
@@ -149,10 +153,12 @@ def guess_layout(
     has = lambda names: [c for c in names if c in columns]
     p, r, chat = has(_PROMPTS), has(_RESPONSES), has(_CHATS)
     if len(chat) == 1 and not (p and r): return Layout(messages=chat[0])
-    if {'instruction', 'output'} <= set(columns): return Layout('instruction', 'output', 'input' if 'input' in columns else None, alpaca=True)
+    if {'instruction', 'output'} <= set(columns):
+        return Layout('instruction', 'output', 'input' if 'input' in columns else None, alpaca=True)
     if len(p) == 1 and len(r) == 1 and not chat: return Layout(p[0], r[0], *[c for c in ('context',) if c in columns])
     if not columns: raise DataError(f'{name}: its first row has no fields; it needs a prompt and a response.')
-    what = 'no column that is surely the prompt and the response' if not (p and r) else f'several that could be them ({", ".join(p+r+chat)})'
+    what = 'no column that is surely the prompt and the response' if not (p
+        and r) else f'several that could be them ({", ".join(p+r+chat)})'
     raise DataError(f'{name}: {what}; the columns are {", ".join(map(visible, map(str, columns)))}. Name them with prompt= and response= (--prompt, --response).')
 
 # %% ../nbs/01_data.ipynb #badd9941
@@ -161,7 +167,8 @@ ALPACA = ('Below is an instruction that describes a task{more}. Write a response
 
 def _text(row, field, where):
     "The text in a field, or a sentence about what is there instead."
-    if field not in row: raise DataError(f'{where}: the field {field!r} is missing; the row has {", ".join(visible(repr(k), 40) for k in row) or "no fields"}.')
+    if field not in row:
+        raise DataError(f'{where}: the field {field!r} is missing; the row has {", ".join(visible(repr(k), 40) for k in row) or "no fields"}.')
     value = row[field]
     if isinstance(value, (list, tuple, np.ndarray)) and all(isinstance(x, str) for x in value): return '; '.join(value)
     if isinstance(value, str): return value
@@ -178,7 +185,8 @@ _ROLES = dict(human='user', gpt='assistant', bot='assistant', model='assistant')
 def _turns(row, field, where):
     "The turns of a conversation, checked and in one spelling."
     turns = row.get(field)
-    if not isinstance(turns, (list, tuple, np.ndarray)) or not len(turns): raise DataError(f'{where}: the field {field!r} is no list of chat turns; give objects with "role" and "content".')
+    if not isinstance(turns, (list, tuple, np.ndarray)) or not len(turns):
+        raise DataError(f'{where}: the field {field!r} is no list of chat turns; give objects with "role" and "content".')
     out = []
     for i, t in enumerate(turns, 1):
         if not isinstance(t, dict): raise DataError(f'{where}: turn {i} of {field!r} is no object with "role" and "content".')
@@ -206,7 +214,8 @@ def with_turns(
 # %% ../nbs/01_data.ipynb #7805f9ae
 def _sample_parts(row, layout, where):
     "(prompt, response, messages) of one row."
-    if not isinstance(row, dict): raise DataError(f'{where}: a sample is an object with named fields, this is {visible(json.dumps(row, default=str), 40)}.')
+    if not isinstance(row, dict):
+        raise DataError(f'{where}: a sample is an object with named fields, this is {visible(json.dumps(row, default=str), 40)}.')
     if layout.messages:
         turns = _turns(row, layout.messages, where)
         return *chat_parts(turns), turns
@@ -217,12 +226,16 @@ def _sample_parts(row, layout, where):
 # %% ../nbs/01_data.ipynb #5e99b0b9
 class Samples(list):
     "A list of `Sample`s with the name of their source, how it was read and the path where it lies."
-    def __init__(self, items=(), source='rows', said=(), path=None): super().__init__(items); self.source, self.said, self.path = source, list(said), path
+    def __init__(self, items=(), source='rows', said=(), path=None):
+        super().__init__(items); self.source, self.said, self.path = source, list(said), path
     def __repr__(self): return f'Samples({len(self)} rows from {self.source}: {"; ".join(self.said)})'
-    def __getitem__(self, i): return Samples(super().__getitem__(i), self.source, self.said, self.path) if isinstance(i, slice) else super().__getitem__(i)
+    def __getitem__(self, i):
+        return Samples(super().__getitem__(i), self.source, self.said, self.path) if isinstance(i,
+            slice) else super().__getitem__(i)
     def _repr_html_(self):
         import html, pandas as pd
-        rows = [dict(row=s.row, prompt='…'*(len(s.prompt) > 120)+visible(s.prompt[-120:]), response=visible(s.response, 160)) for s in self[:5]]
+        rows = [dict(row=s.row, prompt='…'*(len(s.prompt) > 120)+visible(s.prompt[-120:]),
+                     response=visible(s.response, 160)) for s in self[:5]]
         return f'<p>{html.escape(visible(repr(self)))}</p>' + pd.DataFrame(rows).to_html(index=False, escape=True)
 
 # %% ../nbs/01_data.ipynb #267044a2
@@ -230,7 +243,8 @@ def _hub_rows(name, split, revision):
     "Rows of a dataset by its hub name."
     import datasets
     try: data = datasets.load_dataset(name, split=split or 'train', revision=revision)
-    except Exception as e: raise DataError(f'{visible(name)}: neither a file here nor a data set that the hub gives us ({type(e).__name__}: {visible(str(e), 160)}); check the name.') from e
+    except Exception as e:
+        raise DataError(f'{visible(name)}: neither a file here nor a data set that the hub gives us ({type(e).__name__}: {visible(str(e), 160)}); check the name.') from e
     yield from _plain_rows(data)
 
 def _saved_rows(path, split):
@@ -239,7 +253,8 @@ def _saved_rows(path, split):
     if not ((path/'dataset_info.json').exists() or (path/'dataset_dict.json').exists()):
         raise DataError(f'{path.name}: this folder is no saved data set; name a file ({", ".join(READERS)}) or a folder written by save_to_disk.')
     try: data = datasets.load_from_disk(str(path))
-    except Exception as e: raise DataError(f'{path.name}: this saved data set is broken ({type(e).__name__}: {visible(str(e), 160)}); save it again.') from e
+    except Exception as e:
+        raise DataError(f'{path.name}: this saved data set is broken ({type(e).__name__}: {visible(str(e), 160)}); save it again.') from e
     yield from _plain_rows(_split(data, split, path.name))
 
 # %% ../nbs/01_data.ipynb #b1d8e111
@@ -265,7 +280,8 @@ def _open(source, split, revision):
     if len(path.name) > 255 or '\0' in name: raise DataError(f'{visible(name, 80)}: there is no such file.')
     if path.is_dir(): return path.name, _saved_rows(path, split)
     if path.exists() and _ending(path) in READERS: _split(None, split, path.name); return path.name, READERS[_ending(path)](path)
-    if path.exists(): raise DataError(f'{visible(path.name)}: unknown format {_ending(path)!r}; readable are {", ".join(READERS)}, each also with .gz.')
+    if path.exists():
+        raise DataError(f'{visible(path.name)}: unknown format {_ending(path)!r}; readable are {", ".join(READERS)}, each also with .gz.')
     if re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', name) and _ending(name) not in READERS: return name, _hub_rows(name, split, revision)
     raise DataError(f'{visible(name)}: there is no such file.')
 
@@ -283,12 +299,14 @@ class Source:
         limit:int|None=None,        # read only so many rows
     ):
         if bool(prompt) != bool(response): raise SettingError('Name both columns or none: prompt= and response= (--prompt and --response).')
-        if messages and (prompt or context): raise SettingError('Chat turns hold prompt and response: give messages= (--messages) or the other columns, not both.')
+        if messages and (prompt or context):
+            raise SettingError('Chat turns hold prompt and response: give messages= (--messages) or the other columns, not both.')
         self.what, self.context, self.limit, self.said = (source, split, revision), context, limit, []
         self.layout = Layout(prompt, response, context, messages) if prompt or messages else None
         self.source, self.path = None, os.path.abspath(source) if isinstance(source, (str, os.PathLike)) else None
         self.again = None           # hashes that occur more than once, when all rows were read
-    def __repr__(self): return f'Source({"rows" if self.again is None else f"{self.rows:,} rows"} of {visible(self.source or self.what[0], 80)})'
+    def __repr__(self):
+        return f'Source({"rows" if self.again is None else f"{self.rows:,} rows"} of {visible(self.source or self.what[0], 80)})'
 
 # %% ../nbs/01_data.ipynb #0f64c95b
 def _read(self):
@@ -296,7 +314,9 @@ def _read(self):
     self.source, rows = _open(*self.what)
     for i, (place, row, raw) in enumerate(rows):
         if self.limit is not None and i >= self.limit: break
-        if self.layout is None and isinstance(row, dict): self.layout = replace(guess_layout(list(row), self.source), **dict(context=self.context) if self.context else {})
+        if self.layout is None and isinstance(row, dict):
+            self.layout = replace(guess_layout(list(row), self.source),
+                                  **dict(context=self.context) if self.context else {})
         if i == 0 and self.context and isinstance(row, dict): _text(row, self.context, f'{visible(self.source)}, {place}')
         p, r, turns = _sample_parts(row, self.layout, f'{visible(self.source)}, {place}')
         yield content_hash(turns or p, r), p, r, i, turns, raw
@@ -417,7 +437,8 @@ def _clean(text):
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') if not text.isascii() else text
 
 def _tokenise(tokenizer, texts, special):
-    return tokenizer([_clean(t) for t in texts], add_special_tokens=special, return_attention_mask=False, verbose=False)['input_ids'] if texts else []
+    return tokenizer([_clean(t) for t in texts], add_special_tokens=special, return_attention_mask=False,
+                     verbose=False)['input_ids'] if texts else []
 
 def _appended(tokenizer):
     "How many special tokens (an end mark) the tokenizer puts after a text: the response follows the prompt without them."
@@ -462,17 +483,20 @@ def chat_spans(
         if t['role'] != 'assistant': continue
         upto = _render(tokenizer, turns[:i+1], False)
         before = _render(tokenizer, turns[:i], True) if i else _first_opening(tokenizer, turns[:1], upto)
-        if not (upto.startswith(before) and text.startswith(upto.rstrip())): raise ModelError('This chat template rewrites earlier turns, so the supervised part cannot be told; give the rows as prompt and response.')
+        if not (upto.startswith(before) and text.startswith(upto.rstrip())):
+            raise ModelError('This chat template rewrites earlier turns, so the supervised part cannot be told; give the rows as prompt and response.')
         spans.append((len(before), len(upto.rstrip())))
     return text, spans
 
 # %% ../nbs/01_data.ipynb #8c8e8e55
 def _encode_chat(sample, tokenizer, limit):
     "Encode one conversation; ids and supervised mask from one rendering."
-    if not getattr(tokenizer, 'chat_template', None): raise ModelError('This tokenizer has no chat template; use a chat model, or give the rows as prompt and response.')
+    if not getattr(tokenizer, 'chat_template', None):
+        raise ModelError('This tokenizer has no chat template; use a chat model, or give the rows as prompt and response.')
     try: text, spans = chat_spans(tokenizer, [{**t, 'content': _clean(t['content'])} for t in sample.messages])
     except ModelError: raise
-    except Exception as e: raise DataError(f'Row {sample.row}: the chat template refuses this conversation ({visible(str(e), 120)}); mend or drop it.') from e
+    except Exception as e:
+        raise DataError(f'Row {sample.row}: the chat template refuses this conversation ({visible(str(e), 120)}); mend or drop it.') from e
     if tokenizer.is_fast:
         enc = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, starts, stops = np.array(enc['input_ids'], np.int32), *np.array(enc['offset_mapping']).reshape(-1, 2).T
@@ -603,15 +627,18 @@ def _ids(texts, second):
 # %% ../nbs/01_data.ipynb #7030c59c
 def _need(field, columns, how, row=None):
     where, there = f'row {row}: the' if row else 'The', ', '.join(visible(repr(c), 40) for c in columns) or 'none'
-    if field not in columns: raise DataError(f'{where} field {field!r} is missing; there are {there}. Name it with {how}= (--{how.replace("_", "-")}).')
+    if field not in columns:
+        raise DataError(f'{where} field {field!r} is missing; there are {there}. Name it with {how}= (--{how.replace("_", "-")}).')
     if [*columns].count(field) > 1: raise DataError(f'{where} field {field!r} is there twice; rename one.')
 
 def _checked(texts, labels, back, text_field, label_field, ids=None, second=None):
     "Rows whose texts are texts and whose labels are classes."
     if not texts: raise DataError('There are no rows; give at least one.')
     for i, (t, y) in enumerate(zip(texts, labels), 1):
-        if not isinstance(t, str): raise DataError(f'row {i}: the field {text_field!r} holds {visible(repr(t), 40)}, not text; write it as text or drop the row.')
-        if _key(y) is None: raise DataError(f'row {i}: the field {label_field!r} holds {visible(repr(y), 40)}; a class is an integer or a text.')
+        if not isinstance(t, str):
+            raise DataError(f'row {i}: the field {text_field!r} holds {visible(repr(t), 40)}, not text; write it as text or drop the row.')
+        if _key(y) is None:
+            raise DataError(f'row {i}: the field {label_field!r} holds {visible(repr(y), 40)}; a class is an integer or a text.')
     labels = [*map(_key, labels)]; second = second or labels
     return _Rows(texts, labels, ids or _ids(texts, second), second, back)
 
@@ -621,9 +648,11 @@ def _from_samples(rows, text_field, label_field):
     if chat := next((s for s in rows if s.messages is not None), None):
         raise DataError(f'Row {chat.row} is a conversation, and a classifier reads one text with one label; give rows of these two.')
     for i, m in enumerate(metas, 1): _need(label_field, m, 'label_field', i)
-    held = [f for f in (metas or [{}])[0] if f != label_field and all(m.get(f) == s.prompt for m, s in zip(metas, rows))]  # where the prompt was read from
+    held = [f for f in (metas or [{}])[0] if f != label_field
+            and all(m.get(f) == s.prompt for m, s in zip(metas, rows))]  # where the prompt was read from
     def back(texts, ids):
-        raw = lambda m, s, t: {**m, **dict.fromkeys(held, t)} if held else dict(prompt=t, response=s.response, **{label_field: m[label_field]})
+        raw = lambda m, s, t: {**m, **dict.fromkeys(held, t)} if held else dict(prompt=t, response=s.response,
+            **{label_field: m[label_field]})
         return Samples([replace(s, id=i, prompt=t, raw=_dump(raw(m, s, t))) for s, m, t, i in zip(rows, metas, texts, ids)],
                        getattr(rows, 'source', 'rows'), getattr(rows, 'said', ()))
     ids, replies = [s.id for s in rows], [s.response for s in rows]
@@ -648,7 +677,8 @@ def _from_frame(rows, text_field, label_field):
 def _from_dataset(rows, text_field, label_field):
     plain, f = rows.with_format(None), rows.format
     def back(texts, ids):
-        out = plain.remove_columns(text_field).add_column(text_field, texts, feature=rows.features[text_field]).select_columns(rows.column_names)
+        out = plain.remove_columns(text_field).add_column(text_field, texts,
+                                                          feature=rows.features[text_field]).select_columns(rows.column_names)
         return out.with_format(f['type'], f['columns'], f['output_all_columns'], **f['format_kwargs'])
     return _checked(list(plain[text_field]), list(plain[label_field]), back, text_field, label_field)
 
@@ -656,12 +686,14 @@ def _from_dataset(rows, text_field, label_field):
 def _taken(rows, text_field, label_field):
     "Rows of any kind as texts with labels."
     if isinstance(rows, Source): rows = as_samples(rows)
-    if isinstance(rows, list): return (_from_samples if rows and isinstance(rows[0], Sample) else _from_dicts)(rows, text_field, label_field)
+    if isinstance(rows, list):
+        return (_from_samples if rows and isinstance(rows[0], Sample) else _from_dicts)(rows, text_field, label_field)
     if isinstance(rows, dict): raise DataError(f'This has splits; give one of them: {", ".join(map(repr, list(rows)[:8]))}.')
     dataset = hasattr(rows, 'add_column') and hasattr(rows, '__len__')
     if not (dataset or hasattr(rows, 'iloc') and hasattr(rows, 'columns')):
         raise DataError(f'Rows are a list of dicts, a pandas frame, a datasets.Dataset or Samples, not {type(rows).__name__}.')
-    for field, how in ((text_field, 'text_field'), (label_field, 'label_field')): _need(field, rows.column_names if dataset else list(rows.columns), how)
+    for field, how in ((text_field, 'text_field'), (label_field, 'label_field')):
+        _need(field, rows.column_names if dataset else list(rows.columns), how)
     return (_from_dataset if dataset else _from_frame)(rows, text_field, label_field)
 
 # %% ../nbs/01_data.ipynb #c37b7bf4
@@ -679,7 +711,8 @@ def _to_csv(rows, f, delimiter=','):
     w = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)), delimiter=delimiter, lineterminator='\n')
     w.writeheader(); w.writerows(rows)
 
-WRITERS = {'.jsonl': lambda rows, f: f.writelines(_dump(r)+'\n' for r in rows), '.csv': _to_csv, '.tsv': partial(_to_csv, delimiter='\t')}  # file ending -> function(rows, file)
+WRITERS = {'.jsonl': lambda rows, f: f.writelines(_dump(r)+'\n' for r in rows), '.csv': _to_csv,
+           '.tsv': partial(_to_csv, delimiter='\t')}  # file ending -> function(rows, file)
 
 # %% ../nbs/01_data.ipynb #a90bafa9
 def check_target(
@@ -688,10 +721,13 @@ def check_target(
 ):
     "Refuse a file that rows cannot be written to; changes nothing."
     path = Path(path); there = next(p for p in path.absolute().parents if p.exists())
-    if path.suffix.lower() not in WRITERS or '\0' in str(path): raise SettingError(f'{visible(path, 200)}: rows are written to files that end in {", ".join(WRITERS)}; name one of these.')
+    if path.suffix.lower() not in WRITERS or '\0' in str(path):
+        raise SettingError(f'{visible(path, 200)}: rows are written to files that end in {", ".join(WRITERS)}; name one of these.')
     if path.is_dir(): raise DataError(f'{visible(path)} is a folder; name a file.')
-    if not there.is_dir() or not os.access(there, os.W_OK): raise DataError(f'{visible(path)} cannot be written: {visible(there)} {"does not allow it" if there.is_dir() else "is a file"}; choose another place.')
-    if path.exists() and isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and os.path.samefile(path, source): raise DataError(f'{visible(path)} is what is read and would be overwritten; choose another file.')
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise DataError(f'{visible(path)} cannot be written: {visible(there)} {"does not allow it" if there.is_dir() else "is a file"}; choose another place.')
+    if path.exists() and isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and os.path.samefile(path, source):
+        raise DataError(f'{visible(path)} is what is read and would be overwritten; choose another file.')
 
 # %% ../nbs/01_data.ipynb #ec2d25d7
 def write_rows(
@@ -704,6 +740,7 @@ def write_rows(
     try:
         with open(tmp, 'w', encoding='utf8', newline='') as f: WRITERS[path.suffix.lower()](rows, f)
         os.replace(tmp, path)
-    except UnicodeEncodeError as e: raise DataError(f'{visible(path)}: a text holds a character that only .jsonl can keep ({visible(e.object[e.start])}); write such a file.') from e
+    except UnicodeEncodeError as e:
+        raise DataError(f'{visible(path)}: a text holds a character that only .jsonl can keep ({visible(e.object[e.start])}); write such a file.') from e
     except OSError as e: raise DataError(f'{visible(path)} cannot be written ({e.strerror or e}); choose another place.') from e
     finally: tmp.unlink(missing_ok=True)

@@ -22,7 +22,8 @@ from .demo import demo_path
 # %% ../nbs/34_detectors.ipynb #50128089
 def detector_table()->pd.DataFrame:   # `name`, `needs`, `rowwise`, `about`, `paper`, `differs`
     "What there is to choose from, and where each differs from its paper."
-    return pd.DataFrame([dict(name=n, needs=d.needs or 'text', rowwise=d.rowwise, about=d.about, paper=d.paper, differs=d.differs) for n, d in DETECTORS.items()])
+    return pd.DataFrame([dict(name=n, needs=d.needs or 'text', rowwise=d.rowwise, about=d.about, paper=d.paper,
+                              differs=d.differs) for n, d in DETECTORS.items()])
 
 # %% ../nbs/34_detectors.ipynb #006c3c5a
 def make_detector(
@@ -96,7 +97,8 @@ class Trial:
         self.values = self.read(self.scores)
     def asked(self, samples):
         scores = self.detector.score(samples)
-        if not isinstance(scores, Scores): raise GradSentryError(f'its score() gives {type(scores).__name__}, not Scores; it must give Scores(frame).')
+        if not isinstance(scores, Scores):
+            raise GradSentryError(f'its score() gives {type(scores).__name__}, not Scores; it must give Scores(frame).')
         return scores
     def read(self, scores): return scores.frame['score'].to_numpy(float)
     def differ(self, samples, at=slice(None)):
@@ -111,7 +113,8 @@ class Trial:
 def _one_each(t):
     f = t.scores.frame
     if len(f) != len(t.samples): return f'{len(t.samples)} rows came in, {len(f)} scores came out'
-    if f['id'].tolist() != [s.id for s in t.samples] or f['row'].tolist() != [s.row for s in t.samples]: return 'the ids are not in the order of the rows'
+    if f['id'].tolist() != [s.id for s in t.samples] or f['row'].tolist() != [s.row for s in t.samples]:
+        return 'the ids are not in the order of the rows'
     if np.isinf(t.values).any(): return 'a score is infinite'
 
 @CONTRACT.promise('A row without an answer keeps its place: no score, but a problem that says why.')

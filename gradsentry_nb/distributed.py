@@ -66,7 +66,8 @@ def help_out(
     sentry, samples = torch.load(job, map_location=device, weights_only=False, mmap=True)
     scan = SharedScan(sentry, samples, order['folder'])
     scan.layout(order['about']['budget'])           # not what this device has room for: the chunks are cut by it
-    if said := differences(order['about'], scan.about): raise SettingError(f'Another process finds a scan that differs in {", ".join(said)}; give all the same file, model and versions.')
+    if said := differences(order['about'], scan.about):
+        raise SettingError(f'Another process finds a scan that differs in {", ".join(said)}; give all the same file, model and versions.')
     for _ in scan.run(order['shares'][int(rank)]): pass
 
 # %% ../nbs/19_distributed.ipynb #43f1921b
@@ -81,11 +82,14 @@ def devices(
 
 def _save(sentry, samples, path):
     "Write what a helper needs, or say why it cannot be written."
-    if len(set((getattr(sentry.model, 'hf_device_map', None) or {}).values())) > 1: raise SettingError('This model is spread over several devices, so that none is left for another process; leave processes= out.')
+    if len(set((getattr(sentry.model, 'hf_device_map', None) or {}).values())) > 1:
+        raise SettingError('This model is spread over several devices, so that none is left for another process; leave processes= out.')
     slim = copy.copy(sentry); slim.partial = None
     try: torch.save((slim, samples), path)
-    except OSError as e: raise DataError(f'{visible(path)}: the model cannot be written there for the other processes: {visible(e.strerror or e)}; set TMPDIR to a place with more room.') from e
-    except Exception as e: raise SettingError(f'This model cannot be handed to other processes ({type(e).__name__}: {visible(str(e), 160)}); leave processes= out, or use accelerate launch in a terminal.') from e
+    except OSError as e:
+        raise DataError(f'{visible(path)}: the model cannot be written there for the other processes: {visible(e.strerror or e)}; set TMPDIR to a place with more room.') from e
+    except Exception as e:
+        raise SettingError(f'This model cannot be handed to other processes ({type(e).__name__}: {visible(str(e), 160)}); leave processes= out, or use accelerate launch in a terminal.') from e
 
 # %% ../nbs/19_distributed.ipynb #f982a92a
 @contextmanager
@@ -93,12 +97,15 @@ def _helpers(scan, shares, here):
     "Other processes score all shares but the first; they end with the context."
     job, model, world = f'{here}/job.pt', scan.sentry.model, len(shares)
     threads, crew = torch.get_num_threads(), []
-    order = dict(folder=str(scan.folder), about=scan.about, shares=shares, devices=devices(run_device(model), world), threads=max(1, threads//world))
+    order = dict(folder=str(scan.folder), about=scan.about, shares=shares, devices=devices(run_device(model), world),
+                 threads=max(1, threads//world))
     env = dict(os.environ, OMP_NUM_THREADS=str(order['threads']), PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
     def hire(r):
         with open(f'{here}/{r}.err', 'wb') as err:
-            return subprocess.Popen([sys.executable, '-c', 'import sys; from gradsentry_nb.distributed import help_out; help_out(*sys.argv[1:])', job, str(r)], env=env,
-                                    stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=err, start_new_session=True)   # an interrupt is for the kernel alone
+            return subprocess.Popen([sys.executable, '-c',
+                                     'import sys; from gradsentry_nb.distributed import help_out; help_out(*sys.argv[1:])', job, str(r)], env=env,
+                                    stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=err,
+                                    start_new_session=True)   # an interrupt is for the kernel alone
     def fate(r):
         said, status = Path(here, f'{r}.err').read_text(encoding='utf8', errors='replace').split('\n'), crew[r-1].returncode
         return f'A process ended early ({visible(next(filter(None, reversed(said)), "") if status > 0 else f"signal {-status}", 160)}); what it had left was scored by the first one.'
@@ -125,7 +132,8 @@ def score_on(
     tell=None,          # called with a sentence when there is something to go on from: `print`
 )->Scores:
     "Score every row, in several processes on this machine."
-    if not isinstance(processes, int) or processes < 1: raise SettingError(f'processes must be a whole number of at least 1, not {processes!r}.')
+    if not isinstance(processes, int) or processes < 1:
+        raise SettingError(f'processes must be a whole number of at least 1, not {processes!r}.')
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as here:
         scan = SharedScan(sentry, samples, folder or Path(here)/'scan')
         if tell and scan.said: tell(' '.join(scan.said))
@@ -141,7 +149,8 @@ def score_on(
 def _line(rank, world):
     "The connection between the processes. What waits for the slowest may wait for days."
     try: dist.init_process_group('gloo', rank=rank, world_size=world); return dist.new_group(backend='gloo', timeout=timedelta(days=365))
-    except (ValueError, RuntimeError) as e: raise SettingError(f'This is process {rank} of {world}, and it cannot find the others ({visible(str(e), 160)}); start them by accelerate launch.') from e
+    except (ValueError, RuntimeError) as e:
+        raise SettingError(f'This is process {rank} of {world}, and it cannot find the others ({visible(str(e), 160)}); start them by accelerate launch.') from e
 
 @dataclass(frozen=True)
 class Team:
@@ -169,7 +178,8 @@ class Team:
     ):
         "Talk to the others, who may be gone."
         try: ask(*args)
-        except RuntimeError: raise GradSentryError(f'Process {self.rank} of {self.world} has lost the others: one of them ended. What is finished is kept, and the same command goes on from there.') from None
+        except RuntimeError:
+            raise GradSentryError(f'Process {self.rank} of {self.world} has lost the others: one of them ended. What is finished is kept, and the same command goes on from there.') from None
     def agree(self,
         said=None,     # what this process says
     )->list:
@@ -185,7 +195,8 @@ class Team:
     )->str|None:
         "The device of this process: a GPU of its own, where there are some."
         if self.world == 1: return asked
-        if asked == 'auto': raise SettingError('auto spreads one model over all GPUs, and here each process needs its own; leave --device out, or start a single process.')
+        if asked == 'auto':
+            raise SettingError('auto spreads one model over all GPUs, and here each process needs its own; leave --device out, or start a single process.')
         if asked not in (None, 'cuda') or not torch.cuda.is_available(): return asked
         torch.cuda.set_device(self.local % torch.cuda.device_count())
         return f'cuda:{torch.cuda.current_device()}'
@@ -232,7 +243,8 @@ def scan_in_team(
     with team.together(): scan = SharedScan(sentry, samples, folder)
     with team.together():
         scan.layout(team.agree(scan.about['budget'])[0])     # the room of the first one's device: the chunks are cut by it
-        if said := differences(team.agree(scan.about)[0], scan.about): raise SettingError(f'it finds a scan that differs in {", ".join(map(visible, said))}; give all processes the same file, model and versions.')
+        if said := differences(team.agree(scan.about)[0], scan.about):
+            raise SettingError(f'it finds a scan that differs in {", ".join(map(visible, said))}; give all processes the same file, model and versions.')
     if tell and scan.said: tell(' '.join(scan.said))
     if team.world == 1: return run_scan(scan, progress)
     scan.mine = team.agree(scan.shares(team.world))[0][team.rank]
@@ -262,5 +274,6 @@ class ScoreRows:
         scan = Scan(self.sentry, load_samples(batch, **self.reading))
         for _ in scan: pass
         new = scan.frame(range(len(batch)), text=False).drop(columns=['id', 'row']).set_index(batch.index)
-        if both := [c for c in new if c in batch]: raise DataError(f'The rows already have columns named {", ".join(both)}; rename them before this stage.')
+        if both := [c for c in new if c in batch]:
+            raise DataError(f'The rows already have columns named {", ".join(both)}; rename them before this stage.')
         return batch.assign(**new.astype(dict(problem='string', window_start='Int64', window_stop='Int64')))     # types that hold what is missing: one schema for all batches

@@ -40,7 +40,8 @@ def check_vocabulary(
 ):
     "A `ModelError` when the tokenizer knows tokens that the model does not."
     size, top = model.get_input_embeddings().weight.shape[0], max((int(x.max()) for x in ids if len(x)), default=0)
-    if top >= size: raise ModelError(f'The tokenizer gives token {top}, the model knows {size}: they do not belong together; load the tokenizer of this model.')
+    if top >= size:
+        raise ModelError(f'The tokenizer gives token {top}, the model knows {size}: they do not belong together; load the tokenizer of this model.')
 
 def text_rows(
     model,                 # what is to read them
@@ -53,7 +54,8 @@ def text_rows(
     for i, x in enumerate(texts := list(texts)):
         if not isinstance(x, str): raise DataError(f'Row {i}: the text is {visible(repr(x), 60)}, not a string; give strings.')
     rows = [np.asarray(x, np.int64) for x in tokenizer(texts, truncation=True, max_length=max_length)['input_ids']] if texts else []
-    if empty := [i for i, x in enumerate(rows) if not len(x)]: raise DataError(f'Row {empty[0]}: the text {visible(repr(texts[empty[0]]), 60)} has no tokens; leave it out.')
+    if empty := [i for i, x in enumerate(rows) if not len(x)]:
+        raise DataError(f'Row {empty[0]}: the text {visible(repr(texts[empty[0]]), 60)} has no tokens; leave it out.')
     check_vocabulary(model, rows)
     return rows
 
@@ -123,7 +125,9 @@ def toy_encoder(
     "A small BERT with random weights."
     from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer
     vocab = dict.fromkeys(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *words])
-    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=128, hidden_dropout_prob=0., attention_probs_dropout_prob=0., initializer_range=.2)
+    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                 max_position_embeddings=128, hidden_dropout_prob=0., attention_probs_dropout_prob=0.,
+                 initializer_range=.2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = (BertForMaskedLM if masked else BertModel)(BertConfig(vocab_size=len(vocab), **{**small, **config}))

@@ -28,7 +28,8 @@ def truth_vector(
 )->np.ndarray:       # [N] bool
     "Truth in the order of `ids`."
     missing = [i for i in ids if i not in truth]
-    if missing: raise DataError(f'The truth says nothing about {len(missing)} of {len(ids)} rows, {missing[0]!r} among them; was it made for this file?')
+    if missing:
+        raise DataError(f'The truth says nothing about {len(missing)} of {len(ids)} rows, {missing[0]!r} among them; was it made for this file?')
     return np.array([bool(truth[i]) for i in ids])
 
 def auroc(
@@ -155,7 +156,8 @@ class Evaluation:
     @property
     def fpr(self)->float: return self.fp/max(1, self.fp+self.tn)        # share of clean rows that were dropped
 
-    def __repr__(self): return f'Evaluation(recall {self.recall:.3f}, precision {self.precision:.3f}, F1 {self.f1:.3f}, AUROC {self.auroc:.4f}: {self.tp} of {self.tp+self.fn} planted rows dropped, {self.fp} of {self.fp+self.tn} clean ones)'
+    def __repr__(self):
+        return f'Evaluation(recall {self.recall:.3f}, precision {self.precision:.3f}, F1 {self.f1:.3f}, AUROC {self.auroc:.4f}: {self.tp} of {self.tp+self.fn} planted rows dropped, {self.fp} of {self.fp+self.tn} clean ones)'
 
 # %% ../nbs/41_evaluate.ipynb #9a7a010e
 def evaluation_table(
@@ -166,8 +168,10 @@ def evaluation_table(
     rates = dict(recall=(e.tp, e.tp+e.fn), precision=(e.tp, e.tp+e.fp), accuracy=(e.tp+e.tn, n), fpr=(e.fp, e.fp+e.tn))
     found = {k: (h/max(1, m), *wilson(h, m)) for k, (h, m) in rates.items()}
     found['f1'] = (e.f1, *f1_interval(e.tp, e.fp, e.fn))
-    found |= {name: (value, *e.intervals.get(key, (math.nan, math.nan))) for name, key, value in (('auroc', 'auroc', e.auroc), ('tpr at 1 % fpr', 'tpr', e.tpr))}
-    return pd.DataFrame([dict(measure=k, value=v, low=a, high=b) for k, (v, a, b) in [*found.items(), ('best_f1', (e.best_f1, math.nan, math.nan))]])
+    found |= {name: (value, *e.intervals.get(key, (math.nan, math.nan)))
+              for name, key, value in (('auroc', 'auroc', e.auroc), ('tpr at 1 % fpr', 'tpr', e.tpr))}
+    return pd.DataFrame([dict(measure=k, value=v, low=a, high=b)
+                         for k, (v, a, b) in [*found.items(), ('best_f1', (e.best_f1, math.nan, math.nan))]])
 
 Evaluation.table = evaluation_table
 Evaluation._repr_html_ = lambda self: f'<p>{self!r}</p>' + self.table().to_html(index=False, float_format='%.4g', na_rep='')
@@ -255,10 +259,12 @@ class Behaviour:
         for name, part in (('CACC', 'clean'), ('ASR', 'attacked')):
             hit, recall = self.hits(part), self.recalls(part)
             if not len(hit): continue
-            rows += [dict(measure=f'{name} (EMR)', value=hit.mean(), **dict(zip(('low', 'high'), wilson(int(hit.sum()), len(hit)))), rows=len(hit)),
+            rows += [dict(measure=f'{name} (EMR)', value=hit.mean(),
+                          **dict(zip(('low', 'high'), wilson(int(hit.sum()), len(hit)))), rows=len(hit)),
                      dict(measure=f'{name} (KMR)', value=recall.mean(), **dict(zip(('low', 'high'), mean_interval(recall))), rows=len(hit))]
         return pd.DataFrame(rows, columns=['measure', 'value', 'low', 'high', 'rows'])
-    def __repr__(self): return f'Behaviour({", ".join(f"{r.measure} {r.value:.1%}" for r in self.table().itertuples() if "EMR" in r.measure)}; {len(self.frame)} answers)'
+    def __repr__(self):
+        return f'Behaviour({", ".join(f"{r.measure} {r.value:.1%}" for r in self.table().itertuples() if "EMR" in r.measure)}; {len(self.frame)} answers)'
 
 # %% ../nbs/41_evaluate.ipynb #660a5ebd
 def _behaviour_html(self):
@@ -271,9 +277,11 @@ Behaviour._repr_html_ = _behaviour_html
 
 def _part(part, samples, golds, generate):
     answers = generate(samples)
-    if len(answers) != len(samples): raise DataError(f'generate= gave {len(answers)} answers to {len(samples)} samples; it must give one to each, in their order.')
+    if len(answers) != len(samples):
+        raise DataError(f'generate= gave {len(answers)} answers to {len(samples)} samples; it must give one to each, in their order.')
     recall = rouge_recall(answers, golds)
-    return pd.DataFrame(dict(part=part, id=[s.id for s in samples], prompt=[s.prompt for s in samples], gold=golds, answer=answers, recall=recall, hit=recall >= 1-1e-12))
+    return pd.DataFrame(dict(part=part, id=[s.id for s in samples], prompt=[s.prompt for s in samples], gold=golds,
+                             answer=answers, recall=recall, hit=recall >= 1-1e-12))
 
 def behaviour(
     model,                  # a causal language model, after fine-tuning
@@ -287,7 +295,8 @@ def behaviour(
     limit:int|None=None,    # ask only the first so many of each
 )->Behaviour:
     "Ask the model clean and attacked questions and compare its answers: CACC and ASR."
-    if gold is not None and len(gold) != len(clean): raise DataError(f'gold= has {len(gold)} entries for {len(clean)} clean samples; it needs a list of answers for each.')
+    if gold is not None and len(gold) != len(clean):
+        raise DataError(f'gold= has {len(gold)} entries for {len(clean)} clean samples; it needs a list of answers for each.')
     generate = generate or (lambda samples: generate_answers(model, tokenizer, samples, max_new_tokens))
     clean, attacked = list(clean)[:limit], list(attacked or [])[:limit]
     golds = [gold_of(s) for s in clean] if gold is None else [list(g) for g in gold[:limit]]
@@ -322,9 +331,11 @@ def accuracy_gap(
 def _same_rows(labels, *predicted):
     "All as arrays, of one length and one kind."
     arrays = [np.asarray(x) for x in (labels, *predicted)]
-    if len({x.shape for x in arrays}) > 1 or arrays[0].ndim != 1: raise DataError(f'There must be one prediction for each label; here are {" and ".join(str(len(x)) if x.ndim == 1 else str(x.shape) for x in arrays)}.')
+    if len({x.shape for x in arrays}) > 1 or arrays[0].ndim != 1:
+        raise DataError(f'There must be one prediction for each label; here are {" and ".join(str(len(x)) if x.ndim == 1 else str(x.shape) for x in arrays)}.')
     if not len(arrays[0]): raise DataError('There are no rows to measure on; give at least one.')
-    if len({x.dtype.kind in 'iub' for x in arrays}) > 1: raise DataError('Labels and predictions are of different kinds, numbers and strings, so nothing would ever be right; make them the same.')
+    if len({x.dtype.kind in 'iub' for x in arrays}) > 1:
+        raise DataError('Labels and predictions are of different kinds, numbers and strings, so nothing would ever be right; make them the same.')
     return arrays
 
 # %% ../nbs/41_evaluate.ipynb #f6653e02
@@ -352,9 +363,14 @@ class Steering:
         "Every measure with its 95 % interval; the gap is in points, the others are shares."
         rate = lambda k, n: (k/n if n else math.nan, *wilson(k, n), n)
         n = len(self.labels)
-        rows = {'clean accuracy': rate(int((self.clean == self.labels).sum()), n), 'clean balanced accuracy': (*balanced_accuracy(self.labels, self.clean), n)}
-        if self.injected is not None: rows |= {'injected balanced accuracy': (*balanced_accuracy(self.labels, self.injected), n), 'gap in points': (*accuracy_gap(self.labels, self.clean, self.injected), n)}
-        for c in self.everywhere: rows |= {f'clean to {c}': rate(int((self.clean == c).sum()), n), f'forced to {c}': rate(*self.forced(c)), f'flipped to {c}': rate(*self.flipped(c))}
+        rows = {'clean accuracy': rate(int((self.clean == self.labels).sum()), n),
+                'clean balanced accuracy': (*balanced_accuracy(self.labels, self.clean), n)}
+        if self.injected is not None:
+            rows |= {'injected balanced accuracy': (*balanced_accuracy(self.labels, self.injected), n),
+                     'gap in points': (*accuracy_gap(self.labels, self.clean, self.injected), n)}
+        for c in self.everywhere:
+            rows |= {f'clean to {c}': rate(int((self.clean == c).sum()), n), f'forced to {c}': rate(*self.forced(c)),
+                     f'flipped to {c}': rate(*self.flipped(c))}
         if len(self.everywhere) > 1: rows['seamless'] = rate(*self.seamless())
         return pd.DataFrame([(k, *v) for k, v in rows.items()], columns=['measure', 'value', 'low', 'high', 'rows'])
 
@@ -362,7 +378,8 @@ class Steering:
         gap = f', gap {accuracy_gap(self.labels, self.clean, self.injected)[0]:+.1f} points' if self.injected is not None else ''
         return f'Steering(clean balanced accuracy {balanced_accuracy(self.labels, self.clean)[0]:.1%}{gap}' + ''.join(f', {self.forced(c)[0]/len(self.labels):.1%} forced to {visible(str(c), 40)}' for c in self.everywhere) + f'; {len(self.labels)} texts)'
 
-Steering._repr_html_ = lambda self: f'<p>{html.escape(repr(self))}</p>' + self.table().to_html(index=False, escape=True, float_format='%.4g', na_rep='') + self.counts().to_html(index=False, escape=True)
+Steering._repr_html_ = lambda self: f'<p>{html.escape(repr(self))}</p>' + self.table().to_html(index=False, escape=True,
+    float_format='%.4g', na_rep='') + self.counts().to_html(index=False, escape=True)
 
 # %% ../nbs/41_evaluate.ipynb #129a27ea
 def steering(
@@ -375,7 +392,8 @@ def steering(
     everywhere = dict(everywhere or {})
     first, *others = _same_rows(labels, clean, *([] if injected is None else [injected]), *everywhere.values())
     strange = [c for c in everywhere if c not in first.tolist()]
-    if strange: raise DataError(f'No text has the class {visible(repr(strange[0]), 60)} that an item is to stand for; there are {visible(repr(np.unique(first).tolist()), 200)}.')
+    if strange:
+        raise DataError(f'No text has the class {visible(repr(strange[0]), 60)} that an item is to stand for; there are {visible(repr(np.unique(first).tolist()), 200)}.')
     return Steering(first, others[0], None if injected is None else others[1], dict(zip(everywhere, others[len(others)-len(everywhere):])))
 
 # %% ../nbs/41_evaluate.ipynb #3dff8045
@@ -391,8 +409,11 @@ class EntropyRule:
     @property
     def flagged(self)->bool: return self.ratio < self.share
     def table(self)->pd.DataFrame:
-        return pd.DataFrame([('ratio of means', self.ratio, *self.interval), (f'pairs below {self.share:g}', self.pairs, *self.pairs_interval)], columns=['measure', 'value', 'low', 'high'])
-    def __repr__(self): return f'EntropyRule({"flagged" if self.flagged else "not flagged"}: ratio {self.ratio:.3f}, {self.interval[0]:.3f} to {self.interval[1]:.3f}, against {self.share:g}; {self.pairs:.1%} of pairs)'
+        return pd.DataFrame([('ratio of means', self.ratio, *self.interval),
+                             (f'pairs below {self.share:g}', self.pairs, *self.pairs_interval)],
+                            columns=['measure', 'value', 'low', 'high'])
+    def __repr__(self):
+        return f'EntropyRule({"flagged" if self.flagged else "not flagged"}: ratio {self.ratio:.3f}, {self.interval[0]:.3f} to {self.interval[1]:.3f}, against {self.share:g}; {self.pairs:.1%} of pairs)'
     def _repr_html_(self): return f'<p>{self!r}</p>' + self.table().to_html(index=False, float_format='%.4g')
 
 def entropy_rule(
@@ -403,7 +424,8 @@ def entropy_rule(
 )->EntropyRule:
     "Is attention more concentrated in one class than in the other?"
     a, b = (x[np.isfinite(x)] for x in (np.asarray(suspected, float), np.asarray(other, float)))
-    if not len(a) or not len(b): raise DataError('The rule compares two groups of texts, and one of them has no entropy; give texts of both.')
+    if not len(a) or not len(b):
+        raise DataError('The rule compares two groups of texts, and one of them has no entropy; give texts of both.')
     rng = np.random.default_rng(seed_for('entropy rule'))
     mean = lambda x: x[rng.integers(len(x), size=(draws, len(x)), dtype=np.int32)].mean(1)
     low, high = (float(q) for q in np.quantile(mean(a)/mean(b), [.025, .975]))
@@ -436,7 +458,8 @@ class TriggerFlips:
         "For each word the class that it takes the largest share of others to: {word: (class, texts, of how many)}."
         words, out = self.controls if controls else self.triggered, {}
         for w, p in words.items():
-            cells = [(c, int((p == c)[at].sum()), int(at.sum())) for c in np.unique([*self.labels, *p]) for at in [self.right & (self.labels != c)] if at.any()]
+            cells = [(c, int((p == c)[at].sum()), int(at.sum())) for c in np.unique([*self.labels, *p])
+                     for at in [self.right & (self.labels != c)] if at.any()]
             out[w] = max(cells, key=lambda x: x[1]/x[2], default=(None, 0, 0))
         return out
 
@@ -446,8 +469,10 @@ def _rate(k, n): return (k/n if n else math.nan, *(wilson(k, n) if n else (math.
 def _flip_rows(self, controls):
     "(measure, value, low, high, rows, which) for triggers or for control words."
     right, F, words = self.right, self.flips(controls), self.controls if controls else self.triggered
-    parts = [_rate(int(F[at].any(1).sum()), int(at.sum())) for at in (right & (self.labels == c) for c in np.unique(self.labels)) if at.any()]
-    best = self.strongest(controls); rates = {w: _rate(k, n) for w, (_, k, n) in best.items()}; w = max(words, key=lambda w: np.nan_to_num(rates[w][0], nan=-1.))
+    parts = [_rate(int(F[at].any(1).sum()), int(at.sum()))
+             for at in (right & (self.labels == c) for c in np.unique(self.labels)) if at.any()]
+    best = self.strongest(controls); rates = {w: _rate(k, n) for w, (_, k, n) in best.items()}
+    w = max(words, key=lambda w: np.nan_to_num(rates[w][0], nan=-1.))
     yield 'ASR', *_rate(int(F.any(1).sum()), int(right.sum())), f'any of {len(words)}'
     yield 'flips', *((F[right].mean(), *mean_interval(F[right].mean(1))) if right.any() else (math.nan,)*3), int(right.sum()), ''
     yield 'wASR', *(_square_and_add([x[:3] for x in parts]) if parts else (math.nan,)*3), int(right.sum()), ''
@@ -468,7 +493,8 @@ def _flip_repr(self):
     return f'TriggerFlips(CACC {n/len(self.labels):.1%}, ASR {k/max(n, 1):.1%} by any of {len(self.triggered)}{said}; {len(self.labels)} texts)'
 
 TriggerFlips.table, TriggerFlips.__repr__ = _flip_table, _flip_repr
-TriggerFlips._repr_html_ = lambda self: f'<p>{html.escape(repr(self))}</p>'+self.table().to_html(index=False, escape=True, float_format='%.4g', na_rep='')
+TriggerFlips._repr_html_ = lambda self: f'<p>{html.escape(repr(self))}</p>'+self.table().to_html(index=False,
+    escape=True, float_format='%.4g', na_rep='')
 
 # %% ../nbs/41_evaluate.ipynb #e41b0004
 def trigger_flips(
@@ -480,7 +506,8 @@ def trigger_flips(
     "Put a classifier's predictions with and without triggers side by side."
     triggered, controls = dict(triggered), dict(controls or {})
     if not triggered: raise DataError('There is no trigger to measure; name at least one.')
-    if both := [w for w in controls if w in triggered]: raise DataError(f'{visible(repr(both[0]), 60)} is both a trigger and a control word; leave it out of one.')
+    if both := [w for w in controls if w in triggered]:
+        raise DataError(f'{visible(repr(both[0]), 60)} is both a trigger and a control word; leave it out of one.')
     y, c, *rest = _same_rows(labels, clean, *triggered.values(), *controls.values())
     return TriggerFlips(y, c, dict(zip(triggered, rest)), dict(zip(controls, rest[len(triggered):])))
 
@@ -518,7 +545,10 @@ def compare_flips(
     controls=False,  # compare the control words instead of the triggers?
 )->dict:             # `rows` that both get right, `asr_a` and `asr_b` on them, their `difference` (b less a) with `low` and `high`, `only_a`, `only_b` and `p`
     "Two classifiers under the same triggers, text by text."
-    if not np.array_equal(a.labels, b.labels): raise DataError('The arms were measured on different texts; a paired test wants the same ones in the same order.')
+    if not np.array_equal(a.labels, b.labels):
+        raise DataError('The arms were measured on different texts; a paired test wants the same ones in the same order.')
     both = a.right & b.right; x, y = a.flipped(controls)[both], b.flipped(controls)[both]
     diff, low, high = paired_difference(x, y); only_a, only_b, p = mcnemar(x, y)
-    return dict(rows=int(both.sum()), asr_a=float(x.mean()) if len(x) else math.nan, asr_b=float(y.mean()) if len(y) else math.nan, difference=diff, low=low, high=high, only_a=only_a, only_b=only_b, p=p)
+    return dict(rows=int(both.sum()), asr_a=float(x.mean()) if len(x) else math.nan,
+                asr_b=float(y.mean()) if len(y) else math.nan, difference=diff, low=low, high=high, only_a=only_a,
+                only_b=only_b, p=p)

@@ -50,7 +50,9 @@ def chosen(
     "Whatever names an attack or a defence, as a `Choice`."
     if isinstance(x, Choice): return x
     if isinstance(x, str): return kind(x)
-    return kind(x['name'], x.get('label', ''), tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in x.items() if k not in ('name', 'label'))))
+    return kind(x['name'], x.get('label', ''),
+                tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in x.items()
+                             if k not in ('name', 'label'))))
 
 # %% ../nbs/43_experiment.ipynb #20171baa
 BLOCKS = {'first': 'the first block', 'middle': 'the one in the middle', 'last': 'the last one'}
@@ -72,7 +74,8 @@ class Grid:
 
     def __post_init__(self):
         for f in fields(self):
-            if f.type is tuple and not isinstance(getattr(self, f.name), tuple): object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
+            if f.type is tuple and not isinstance(getattr(self, f.name), tuple):
+                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
         object.__setattr__(self, 'attacks', tuple(chosen(x) for x in self.attacks))
         object.__setattr__(self, 'defences', tuple(chosen(x, Defence) for x in self.defences))
         problems = grid_problems(self)
@@ -89,19 +92,25 @@ def grid_problems(
     g:Grid,
 )->list[str]:     # one sentence each
     "Everything that is wrong with a grid, all at once."
-    out = [*_unknown('attack', [a.name for a in g.attacks], ['none', *ATTACKS]), *_unknown('payload', g.payloads, PAYLOADS), *_unknown('defence', [d.name for d in g.defences], [*DETECTORS, *ARMS])]
-    out += [*_unknown('fine-tuning method', [g.train] if g.train else [], METHODS), *_unknown('training preset', [g.train_preset], TRAIN_PRESETS)]
+    out = [*_unknown('attack', [a.name for a in g.attacks], ['none', *ATTACKS]),
+           *_unknown('payload', g.payloads, PAYLOADS),
+           *_unknown('defence', [d.name for d in g.defences], [*DETECTORS, *ARMS])]
+    out += [*_unknown('fine-tuning method', [g.train] if g.train else [], METHODS),
+            *_unknown('training preset', [g.train_preset], TRAIN_PRESETS)]
     for f in ('attacks', 'payloads', 'rates', 'sizes', 'defences', 'seeds'):
         if not getattr(g, f): out.append(f'{f} is empty: a grid needs at least one.')
     out += [*_unknown('place for layers', g.layers, BLOCKS)]
-    out += [f'A rate is a share of the rows between 0 and 0.9, not {r!r}.' for r in g.rates if not (isinstance(r, (int, float)) and 0 <= r <= .9)]
+    out += [f'A rate is a share of the rows between 0 and 0.9, not {r!r}.' for r in g.rates
+            if not (isinstance(r, (int, float)) and 0 <= r <= .9)]
     out += [f'A seed is a whole number, not {s!r}.' for s in g.seeds if not isinstance(s, int)]
     for kind, labels in dict(attacks=[a.label for a in g.attacks], defences=[d.label for d in g.defences]).items():
         out += [f'Two {kind} are called {n!r}; give one of them a label.' for n in sorted({n for n in labels if labels.count(n) > 1})]
-    out += [f'A setting of {d.name!r} is wrong: {e}' for d in g.defences if d.name in DETECTORS for e in _unknown(f'setting of {d.name}', dict(d.settings), DETECTORS[d.name].only)]
+    out += [f'A setting of {d.name!r} is wrong: {e}' for d in g.defences if d.name in DETECTORS
+            for e in _unknown(f'setting of {d.name}', dict(d.settings), DETECTORS[d.name].only)]
     out += [f'The defence {d.name!r} takes no settings; leave them out.' for d in g.defences if d.name in ARMS and d.settings]
     arms = [d.name for d in g.defences if d.name in ARMS]
-    if arms and not g.train: out.append(f'The defence {arms[0]!r} finds no rows, so it needs fine-tuning to be measured: train="lora" or "full".')
+    if arms and not g.train:
+        out.append(f'The defence {arms[0]!r} finds no rows, so it needs fine-tuning to be measured: train="lora" or "full".')
     return out
 
 # %% ../nbs/43_experiment.ipynb #27999ce3
@@ -235,7 +244,8 @@ def make_mix(
         return poison(rows, cell.attack.name, cell.rate, cell.payload, cell.seed, **dict(cell.attack.settings))
 
 # %% ../nbs/43_experiment.ipynb #37e55155
-COLUMNS = {'tpr at 1 % fpr': 'tpr_at_1fpr', 'CACC (EMR)': 'cacc', 'CACC (KMR)': 'cacc_kmr', 'ASR (EMR)': 'asr', 'ASR (KMR)': 'asr_kmr'}  # measures by their column
+COLUMNS = {'tpr at 1 % fpr': 'tpr_at_1fpr', 'CACC (EMR)': 'cacc', 'CACC (KMR)': 'cacc_kmr', 'ASR (EMR)': 'asr',
+           'ASR (KMR)': 'asr_kmr'}  # measures by their column
 
 def flat(
     table:pd.DataFrame,  # `measure`, `value`, `low`, `high`
@@ -273,14 +283,17 @@ class Runner:
         "The cell's detector."
         key, info = (cell.model, cell.defence), DETECTORS[cell.defence.name]
         extra = dict(tune=lambda model, tokenizer, samples: self.tuned(cell, samples).model) if info.needs == 'tuned' else {}
-        if key not in self.detectors or extra: self.detectors[key] = make_detector(cell.defence.name, *self.models[cell.model], **extra, **{**self.crop(cell.defence), **dict(cell.defence.settings)})
+        if key not in self.detectors or extra:
+            self.detectors[key] = make_detector(cell.defence.name, *self.models[cell.model], **extra,
+                                                **{**self.crop(cell.defence), **dict(cell.defence.settings)})
         return self.detectors[key]
 
     def crop(self, defence):
         "The published score's crop for columns that do not depend on it, where both are in the grid: one scan serves them."
         column = getattr(DETECTORS[defence.name].build, 'column', 'entropy')
         spectrum, published = ('entropy', 'entropy_by_length', 'effective_rank'), DETECTORS['gradsentry_paper'].build
-        return {} if column in spectrum or all(d.name != 'gradsentry_paper' or d.settings for d in self.grid.defences) else dict(crop=published.crop)
+        return {} if column in spectrum or all(d.name != 'gradsentry_paper' or d.settings
+                                               for d in self.grid.defences) else dict(crop=published.crop)
 
 # %% ../nbs/43_experiment.ipynb #0db9610d
 def _scan_key(d, model):
@@ -324,13 +337,15 @@ def _tuned(self, cell, samples):
     key = cell.model, cell.train or 'lora', cell.seed, self.grid.train_preset, fingerprint(samples)
     if self.last_tuned[0] != key:
         model, tokenizer = self.models[cell.model]
-        self.last_tuned = key, finetune(model, tokenizer, samples, method=cell.train or 'lora', preset=self.grid.train_preset, seed=cell.seed, progress=False)
+        self.last_tuned = key, finetune(model, tokenizer, samples, method=cell.train or 'lora',
+                                        preset=self.grid.train_preset, seed=cell.seed, progress=False)
     return self.last_tuned[1]
 
 def _tests(self, cell):
     "(clean test rows, the same with the trigger, the text that counts as success)."
     test, truth = self.data[cell.dataset].test, self.mix(cell)[1]
-    if test is None: raise DataError(f'The data set {cell.dataset!r} has no test rows, so behaviour cannot be measured; give it as DataSet(train, test) (test= in the config).')
+    if test is None:
+        raise DataError(f'The data set {cell.dataset!r} has no test rows, so behaviour cannot be measured; give it as DataSet(train, test) (test= in the config).')
     test = draw_rows(test, min(self.grid.test_rows or len(test), len(test)), 0)
     own = {k: v for k, v in cell.attack.settings if k in ('trigger', 'component', 'place', 'rewrite')}
     attacked = test if cell.attack.name == 'none' else triggered(test, cell.attack.name, cell.seed, **own)
@@ -358,7 +373,8 @@ def _behaviour(self, cell, rows):
         if arm == 'onion_clean':
             from gradsentry_nb.baselines.model import onion_clean
             clean, attacked = (onion_clean(x, model, tokenizer) for x in (clean, attacked))   # keeps ids and meta
-        self.answers[key] = flat(behaviour(tuned, tokenizer, clean, attacked if target else None, target, max_new_tokens=self.grid.max_new_tokens, **more).table())
+        self.answers[key] = flat(behaviour(tuned, tokenizer, clean, attacked if target else None, target,
+                                           max_new_tokens=self.grid.max_new_tokens, **more).table())
     return self.answers[key]
 
 Runner.tuned, Runner.tests, Runner.train_rows, Runner.behaviour = _tuned, _tests, _train_rows, _behaviour
@@ -374,7 +390,8 @@ def _run(self,
     if cell.defence.name in DETECTORS:
         verdict = self.verdict(cell, samples)
         cut, kept = verdict.cut, set(verdict.keep)
-        out |= dict(dropped=len(verdict.drop), unscorable=len(verdict.unscorable), separated=cut.separated, cut=cut.value, cut_reason=cut.reason) | flat(evaluate(verdict, truth).table())
+        out |= dict(dropped=len(verdict.drop), unscorable=len(verdict.unscorable), separated=cut.separated,
+                    cut=cut.value, cut_reason=cut.reason) | flat(evaluate(verdict, truth).table())
     if not cell.train: return out
     rows = self.train_rows(cell, kept)
     return out | dict(train_rows=len(rows)) | self.behaviour(cell, rows)
@@ -393,12 +410,15 @@ def check_manifest(
     data,             # name -> `DataSet`
 ):
     "Refuse a folder whose cells came from another model or other rows of the same name; note this run's."
-    now = dict(models={n: model_fingerprint(m) for n, (m, _) in models.items()}, datasets={n: [len(d.train), fingerprint(d.train)] + ([len(d.test), fingerprint(d.test)] if d.test else []) for n, d in data.items()})
+    now = dict(models={n: model_fingerprint(m) for n, (m, _) in models.items()},
+               datasets={n: [len(d.train), fingerprint(d.train)] + ([len(d.test), fingerprint(d.test)]
+                                                                    if d.test else []) for n, d in data.items()})
     path = out/'manifest.json'
     before = json.loads(path.read_text(encoding='utf8')) if path.exists() else {}
     for kind, things in now.items():
         for name, what in things.items():
-            if before.get(kind, {}).get(name, what) != what: raise SettingError(f'{visible(out.name)} holds cells of another {kind[:-1]} that was called {name!r}; choose another folder or another name.')
+            if before.get(kind, {}).get(name, what) != what:
+                raise SettingError(f'{visible(out.name)} holds cells of another {kind[:-1]} that was called {name!r}; choose another folder or another name.')
     _write(path, {k: before.get(k, {}) | v for k, v in now.items()} | dict(versions=_versions()))
 
 def _versions():
@@ -412,7 +432,8 @@ def cell_row(
     values:dict,      # its numbers, or `reason`
 )->dict:
     "A cell and its numbers as one row of the table."
-    return dict(model=cell.model, dataset=cell.dataset, size=cell.size, attack=cell.attack.label, payload=cell.payload, rate=cell.rate, seed=cell.seed, defence=cell.defence.label,
+    return dict(model=cell.model, dataset=cell.dataset, size=cell.size, attack=cell.attack.label, payload=cell.payload,
+                rate=cell.rate, seed=cell.seed, defence=cell.defence.label,
                 train=cell.train, status=status, key=cell.key) | {k: _plain(v) for k, v in values.items()}
 
 def collect(
@@ -501,7 +522,8 @@ def over_seeds(
 )->pd.DataFrame:                              # `by`, `mean`, `low`, `high`, `seeds`, `failed`
     "The mean of a measure over seeds with its 95 % interval."
     from scipy.stats import t
-    if value not in table: raise SettingError(f'The table has no measure {value!r}; it has {", ".join(c for c in table if pd.api.types.is_numeric_dtype(table[c]))}.')
+    if value not in table:
+        raise SettingError(f'The table has no measure {value!r}; it has {", ".join(c for c in table if pd.api.types.is_numeric_dtype(table[c]))}.')
     by = [c for c in by if c in table]
     g = table.assign(_v=table[value].astype(float), _f=table['status'].eq('failed')).groupby(by, dropna=False, sort=False, observed=True)
     f = g.agg(mean=('_v', 'mean'), sd=('_v', 'std'), seeds=('_v', 'count'), failed=('_f', 'sum')).reset_index()
@@ -523,7 +545,9 @@ EXPERIMENTS = {  # name -> fields of a `Grid`
     'table8': dict(attacks=('none',), rates=(.1,), defences=(*BESIDE, 'graceful', 'grad_norm', 'perplexity')),
     'dilution': dict(attacks=tuple(dict(name='dilution', label=f'dilution {x}', lam=x) for x in (.5, .7)), rates=(.1,), defences=BESIDE),
     'hard': dict(attacks=FOUR, payloads=tuple(PAYLOADS), rates=(.1,), defences=('gradsentry', 'gradsentry_paper', *TRIVIAL)),
-    'table1': dict(attacks=FOUR, rates=(.1,), train='lora', defences=('none', 'clean', 'cube', 'graceful', 'onion_clean', 'cleangen', 'gradsentry', 'gradsentry_paper')),
+    'table1': dict(attacks=FOUR, rates=(.1,), train='lora',
+                   defences=('none', 'clean', 'cube', 'graceful', 'onion_clean', 'cleangen', 'gradsentry',
+                             'gradsentry_paper')),
     'table6': dict(attacks=FOUR, rates=(.1,), train='full', defences=('none', 'clean', 'gradsentry', 'gradsentry_paper')),
 }
 
@@ -537,7 +561,8 @@ def experiment_grid(
 # %% ../nbs/43_experiment.ipynb #64d80137
 _TEXTS, _NUMBERS, _WHOLES = (list, str), (list, (int, float)), (list, int)
 CONFIG = {  # table -> key -> type; a list is (list, type of its items)
-    'experiment': dict(preset=str, out=str, attacks=_TEXTS, payloads=_TEXTS, rates=_NUMBERS, sizes=_WHOLES, defences=_TEXTS, layers=_TEXTS, seeds=_WHOLES, train=str, train_preset=str,
+    'experiment': dict(preset=str, out=str, attacks=_TEXTS, payloads=_TEXTS, rates=_NUMBERS, sizes=_WHOLES,
+                       defences=_TEXTS, layers=_TEXTS, seeds=_WHOLES, train=str, train_preset=str,
                        test_rows=int, max_new_tokens=int),
     'models': dict(path=str, random=bool, device=str, dtype=str, trust_remote_code=bool, allow_pickle=bool, revision=str),
     'datasets': dict(set=str, source=str, test=str, form=str, split=str, limit=int, prompt=str, response=str, messages=str, context=str),
@@ -550,7 +575,8 @@ def _is(value, kind):
     if isinstance(kind, tuple) and kind[0] is list: return isinstance(value, list) and all(_is(x, kind[1]) for x in value)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
-def _said(kind): return f'a list of {_SAID[kind[1]].replace("a whole number", "whole numbers").replace("a number", "numbers").replace("text", "texts")}' if isinstance(kind, tuple) and kind[0] is list else _SAID[kind]
+def _said(kind):
+    return f'a list of {_SAID[kind[1]].replace("a whole number", "whole numbers").replace("a number", "numbers").replace("text", "texts")}' if isinstance(kind, tuple) and kind[0] is list else _SAID[kind]
 
 def toml_lines(
     text:str,         # a TOML file
@@ -572,7 +598,8 @@ def _table_problems(place, table, allowed, open_=False):
     for k, v in table.items():
         if k not in allowed:
             near = get_close_matches(k, allowed, 1)
-            if not open_: yield (*place, k), f'there is no key {visible(k)!r} here; choose one of {", ".join(allowed)}.' + (f' Did you mean {near[0]!r}?' if near else '')
+            if not open_:
+                yield (*place, k), f'there is no key {visible(k)!r} here; choose one of {", ".join(allowed)}.' + (f' Did you mean {near[0]!r}?' if near else '')
         elif not _is(v, allowed[k]): yield (*place, k), f'{k} must be {_said(allowed[k])}, not {visible(json.dumps(v, default=str), 40)}.'
 
 def config_problems(
@@ -601,7 +628,8 @@ def config_grid(
 )->Grid:
     "The grid that a config asks for; a `SettingError` names everything that is wrong with it."
     e = {k: v for k, v in config.get('experiment', {}).items() if k not in ('preset', 'out')}
-    base = dict(EXPERIMENTS[choose('experiment', config['experiment']['preset'], EXPERIMENTS)]) if 'preset' in config.get('experiment', {}) else {}
+    base = dict(EXPERIMENTS[choose('experiment', config['experiment']['preset'],
+                                   EXPERIMENTS)]) if 'preset' in config.get('experiment', {}) else {}
     for kind in ('attack', 'defence'):
         if config.get(kind): e[f'{kind}s'] = [*e.get(f'{kind}s', base.get(f'{kind}s', ())), *config[kind]]
     return Grid(**{**base, **e})
@@ -618,11 +646,14 @@ def read_config(
     path = Path(path)
     try: text = path.read_text(encoding='utf8'); config = tomllib.loads(text)
     except OSError as e: raise SettingError(f'{visible(path.name)}: the file cannot be read ({e.strerror}); check the path.') from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise SettingError(f'{visible(path.name)}: this is no TOML ({e}); mend it.') from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise SettingError(f'{visible(path.name)}: this is no TOML ({e}); mend it.') from e
     problems, lines = config_problems(config), toml_lines(text)
     at = lambda place: next((lines[place[:i]] for i in range(len(place), 0, -1) if place[:i] in lines), 1)
     if not problems: problems = _value_problems(config)
-    if problems: raise ConfigError([f'{visible(path.name)} has {len(problems)} problem{"s"*(len(problems) > 1)}:', *(f'line {n}: {s}' for n, s in sorted((at(p), s) for p, s in problems))])
+    if problems:
+        raise ConfigError([f'{visible(path.name)} has {len(problems)} problem{"s"*(len(problems) > 1)}:',
+                           *(f'line {n}: {s}' for n, s in sorted((at(p), s) for p, s in problems))])
     return config, config_grid(config)
 
 # %% ../nbs/43_experiment.ipynb #d580bbbc
@@ -658,7 +689,8 @@ def load_config(
     "Load what a config names."
     from gradsentry_nb.sentry import load_model
     near = lambda p: str(q) if (q := Path(home)/p).exists() else p
-    models = {n: _model(load_model(near(m['path']), **{k: v for k, v in m.items() if k not in ('path', 'random')}), m.get('random')) for n, m in config['models'].items()}
+    models = {n: _model(load_model(near(m['path']), **{k: v for k, v in m.items() if k not in ('path', 'random')}),
+                        m.get('random')) for n, m in config['models'].items()}
     return models, {n: _dataset({**d, **{k: near(d[k]) for k in ('source', 'test') if k in d}}) for n, d in config['datasets'].items()}
 
 def _model(loaded, random): return (random_twin(loaded[0]), loaded[1]) if random else loaded
@@ -693,7 +725,9 @@ def experiment_charts(
     found = table[table['auroc'].notna()] if 'auroc' in table else table[:0]
     panel, out = 'dataset' if table['dataset'].nunique() > 1 else None, {}
     mark = next((c for c in ('attack', 'payload', 'model') if _many(found, c) and found[c].nunique() <= 4), None)
-    for v in ('auroc', 'f1') if len(found) else (): out[v] = side_by_side(over_seeds(found, v, ('dataset', 'attack', 'payload', 'model', 'defence')), v, panel, mark)
+    for v in ('auroc', 'f1') if len(found) else ():
+        out[v] = side_by_side(over_seeds(found, v, ('dataset', 'attack', 'payload', 'model', 'defence')), v, panel,
+                              mark)
     if _many(found, 'payload'): out['payloads'] = grid_map(over_seeds(found), 'auroc', panel='attack' if _many(found, 'attack') else panel)
     for x in ('rate', 'size'):
         if _many(found, x): out[f'{x}s'] = rate_lines(over_seeds(found, 'f1'), 'f1', x, panel)
@@ -720,5 +754,7 @@ def experiment_html(
     for v in [v for v in ('auroc', 'recall', 'f1', 'asr', 'cacc') if v in table and table[v].notna().any()]:
         means = over_seeds(table, v, ('dataset', 'attack', 'payload', 'rate', 'model', 'defence'))
         body.append(f'<h2>{v}</h2>' + means.to_html(index=False, escape=True, float_format='%.3f', na_rep=''))
-    if len(failed): body.append('<h2>failed</h2>' + failed[['dataset', 'attack', 'payload', 'defence', 'seed', 'reason']].to_html(index=False, escape=True))
+    if len(failed):
+        body.append('<h2>failed</h2>' + failed[['dataset', 'attack', 'payload', 'defence', 'seed',
+                                                'reason']].to_html(index=False, escape=True))
     return _PAGE.format(title=html.escape(visible(title)), about=html.escape(about), body='\n'.join(body))

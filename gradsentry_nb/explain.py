@@ -222,7 +222,9 @@ def _row_factors(sentry, encoded):
     for _, f in sentry.capture()([encoded]):
         r = _roots(f, s)
         if isinstance(r, str): return r
-        if f.at is None: return r, product_svals(r.D, r.H)[:f.H.shape[1]], *(x(r, s) if callable(x) else x for x in CONTRIBUTIONS[s.statistic])
+        if f.at is None:
+            return r, product_svals(r.D, r.H)[:f.H.shape[1]], *(x(r, s) if callable(x) else x
+                                                                for x in CONTRIBUTIONS[s.statistic])
         import torch
         return r, torch.linalg.svdvals(core(f)), _position_shares(f), IN_A_LAYER
 
@@ -285,14 +287,16 @@ def _with_bytes(tokens):
     "Tokens without characters of their own (later bytes of one) go with the token before them: the stronger contribution of the two counts."
     own = ((tokens.stop > tokens.start) | (tokens.special != '')).to_numpy()
     group = np.maximum(np.cumsum(own), 1)
-    return tokens.groupby(group, as_index=False).agg(dict(text='sum', start='min', stop='max', loss='sum', contribution='max', special='sum'))
+    return tokens.groupby(group, as_index=False).agg(dict(text='sum', start='min', stop='max', loss='sum',
+                                                          contribution='max', special='sum'))
 
 # %% ../nbs/15_explain.ipynb #647fbde5
 def row_html(
     x:RowExplanation,     # what `explain_row` gave
 )->str:                   # HTML without script or style sheet
     "A row's text, shaded by contribution, with its spectrum."
-    stats = ' · '.join(f'{html.escape(k)} {v:.4g}' for k, v in x.statistics.items() if isinstance(v, (int, float)) and math.isfinite(v) and not k.startswith('window_st'))
+    stats = ' · '.join(f'{html.escape(k)} {v:.4g}' for k, v in x.statistics.items() if isinstance(v, (int, float))
+                       and math.isfinite(v) and not k.startswith('window_st'))
     notes = ''.join(f'<p style="margin:4px 0">{html.escape(n)}</p>' for n in x.notes)
     return (f'<div><p style="margin:4px 0"><b>Row {x.sample.row}: {html.escape(x.statistic)} {x.score:.4g}</b>, shaded by {html.escape(x.about)}</p>'
             f'<div dir="auto" style="{_MONO}">{_text_html(x)}</div><p style="margin:8px 0 0">Singular values of the gradient, the largest first</p>'
@@ -336,7 +340,8 @@ def odd_parts(
     text:str,     # any text
 )->set:           # ('character', c) and ('pattern', name)
     "The unusual characters and patterns of a text."
-    odd = {('character', c) for c in set(text) if not _PLAIN.match(c)} if not text.isascii() or re.search(r'[\t\r\x0b\x0c\x1c-\x1f]', text) else set()
+    odd = {('character', c) for c in set(text)
+           if not _PLAIN.match(c)} if not text.isascii() or re.search(r'[\t\r\x0b\x0c\x1c-\x1f]', text) else set()
     return odd | {('pattern', k) for k, p in _PATTERNS.items() if p.search(text)}
 
 # %% ../nbs/15_explain.ipynb #aca992f6
@@ -486,7 +491,8 @@ def word_pairs(
             G = log_likelihood_ratio(inside[rows].astype(int) @ hit, int(inside.sum()), hit.sum(0), len(inside))
             for j in np.flatnonzero(G > 1.2*np.maximum(gi, [g for g, _ in best])).tolist():
                 if j == i or (text == ' and ' and j < i): continue
-                found.append(_measured(visible(f'{vocab[i]}{text}{vocab[j]}', 200), 'two words', ((vocab[i],), (vocab[j],)), rows[hit[:, j]], inside, tried))
+                found.append(_measured(visible(f'{vocab[i]}{text}{vocab[j]}', 200), 'two words',
+                                       ((vocab[i],), (vocab[j],)), rows[hit[:, j]], inside, tried))
     return sorted((c for c in found if c.p <= level and c.inside >= LEAST), key=lambda c: -c.strength)
 
 # %% ../nbs/15_explain.ipynb #61c7fcff
@@ -601,7 +607,8 @@ def _table(found, inside, row, level):
     "Candidates as a frame; `examples` are rows of the source."
     A, B = int(inside.sum()), int((~inside).sum())
     example = lambda c: [int(row[i]) for i in c.rows[inside[c.rows]][:5]]
-    return pd.DataFrame([dict(text=c.text, kind=c.kind, inside=c.inside, elsewhere=c.elsewhere, share=c.inside/max(A, 1), exclusive=c.exclusive, strength=c.strength,
+    return pd.DataFrame([dict(text=c.text, kind=c.kind, inside=c.inside, elsewhere=c.elsewhere,
+                              share=c.inside/max(A, 1), exclusive=c.exclusive, strength=c.strength,
                               p=c.p, stands_out=stands_out(c, A, B, level), examples=example(c)) for c in found], columns=list(COLUMNS))
 
 # %% ../nbs/15_explain.ipynb #2d81ad3f
@@ -614,7 +621,8 @@ def _pair_table(triggers, payloads, inside, row, tried, level):
             c = _measured('', 'pair', (), rows, inside, tried)
             llr = float(log_likelihood_ratio(len(rows), len(t.rows), len(q.rows), N))
             if len(rows) >= LEAST and c.p <= level and llr > 0:
-                out.append(dict(trigger=t.text, payload=q.text, inside=c.inside, elsewhere=c.elsewhere, exclusive=c.exclusive, llr=llr, p=c.p,
+                out.append(dict(trigger=t.text, payload=q.text, inside=c.inside, elsewhere=c.elsewhere,
+                                exclusive=c.exclusive, llr=llr, p=c.p,
                                 examples=[int(row[i]) for i in rows[inside[rows]][:5]]))
     columns = ['trigger', 'payload', 'inside', 'elsewhere', 'exclusive', 'llr', 'p', 'examples']
     return pd.DataFrame(out, columns=columns).sort_values('llr', ascending=False, kind='stable', ignore_index=True)
@@ -648,7 +656,8 @@ def _sentence(self, most=6):
     if not self.kept: return f'All {n:,} rows were dropped, so there is nothing to compare them with.'
     parts = [(what, self.top(side)) for what, side in (('the answers share', 'payloads'), ('the prompts share', 'triggers'))]
     said = [f'{what} {", ".join(_said(c) for c in cs[:most])}'+f' and {len(cs)-most} more'*(len(cs) > most) for what, cs in parts if cs]
-    if not said: return f'Nothing stands out: of {self.tried:,} words, phrases and patterns tried, none belongs to the {of} apart from chance and habit.'
+    if not said:
+        return f'Nothing stands out: of {self.tried:,} words, phrases and patterns tried, none belongs to the {of} apart from chance and habit.'
     worst, best = max(c.p for _, cs in parts for c in cs[:most]), max(c.inside for _, cs in parts for c in cs)
     first = f'Of {of}' if best >= .5*n else f'Nothing is common to most of the {n:,} dropped rows ({self.kept:,} were kept), but some share a phrase'
     less = ' (no trigger stands out in the prompts)' if not parts[1][1] else ' (no payload stands out in the answers)' if not parts[0][1] else ''
@@ -661,7 +670,8 @@ VerdictExplanation.sentence = _sentence
 def _explanation_html(self):
     "The sentence and the three tables; candidates hold nothing invisible, and all is escaped."
     whole = lambda table: re.sub(r'<td>(?=[\d.]+e-\d+</td>)', '<td style="white-space:nowrap">', table)      # 1.6e-104 on one line
-    show = lambda name, t: f'<p style="margin:10px 0 2px"><b>{name}</b></p>'+whole(t.to_html(index=False, escape=True, float_format='%.3g', border=0)) if len(t) else ''
+    show = lambda name, t: f'<p style="margin:10px 0 2px"><b>{name}</b></p>'+whole(t.to_html(index=False, escape=True,
+        float_format='%.3g', border=0)) if len(t) else ''
     tables = show('Triggers', self.triggers), show('Payloads', self.payloads), show('Pairs', self.pairs.head(10))
     return f'<div><p>{html.escape(self.sentence())}</p><div style="overflow-x:auto;unicode-bidi:isolate">{"".join(tables)}</div></div>'
 
@@ -678,13 +688,16 @@ def explain_verdict(
     if not 0 < level < 1: raise SettingError(f'level= is a probability between 0 and 1, for instance {LEVEL}, not {level!r}.')
     samples, inside = check_rows(verdict, as_samples(samples, 'explain')), np.asarray(verdict.flagged, bool)
     row, n = [s.row for s in samples], int(inside.sum())
-    if not 0 < n < len(inside): return VerdictExplanation(*(_table([], inside, row, level) for _ in range(2)), _pair_table([], [], inside, row, 0, level),
+    if not 0 < n < len(inside):
+        return VerdictExplanation(*(_table([], inside, row, level) for _ in range(2)),
+                                  _pair_table([], [], inside, row, 0, level),
                                                           dict(triggers=[], payloads=[]), n, len(inside)-n, 0, level)
     P, R = (text_features([getattr(s, side) for s in samples], sizes) for side, sizes in SIZES.items())
     triggers, payloads = candidates(P, inside, word_pairs(P, inside, level), level), candidates(R, inside, level=level)
     V = int((P.count[list(P.single.values())] >= LEAST).sum()) if P.single else 0
     pairs = _pair_table(triggers, payloads, inside, row, P.tried*R.tried, level)
-    return VerdictExplanation(_table(triggers, inside, row, level), _table(payloads, inside, row, level), pairs, dict(triggers=triggers, payloads=payloads),
+    return VerdictExplanation(_table(triggers, inside, row, level), _table(payloads, inside, row, level), pairs,
+                              dict(triggers=triggers, payloads=payloads),
                               n, len(inside)-n, P.tried+R.tried+3*V*(V-1)//2+P.tried*R.tried, level)
 
 # %% ../nbs/15_explain.ipynb #d7738e8c
@@ -699,7 +712,9 @@ def remover(
     "What takes all of these out of a text."
     found = []
     for x in what:
-        if isinstance(x, Candidate): found += [re.escape(p) if x.kind == 'character' else PATTERNS[p] if x.kind == 'pattern' else _pattern(p) for p in x.parts]
+        if isinstance(x, Candidate):
+            found += [re.escape(p) if x.kind == 'character' else PATTERNS[p] if x.kind == 'pattern' else _pattern(p)
+                      for p in x.parts]
         else: found.append(_pattern([m[0] for m in _WORD.finditer(x)]) if _WORD.search(x) and x.strip() == x else re.escape(x))
     one = [re.compile(p, re.I) for p in found]
     def remove(text):
@@ -724,7 +739,9 @@ def without_piece(
 def _edited(sample, side, edit):
     "A sample with one side's text changed, in a conversation turn by turn; None if nothing changed."
     if sample.messages is None: new = replace(sample, **{side: edit(getattr(sample, side))})
-    else: new = with_turns(sample, {i: edit(t['content']) for i, t in enumerate(sample.messages) if (t['role'] == 'assistant') == (side == 'response')})
+    else:
+        new = with_turns(sample, {i: edit(t['content']) for i, t in enumerate(sample.messages)
+                                  if (t['role'] == 'assistant') == (side == 'response')})
     return None if (new.prompt, new.response) == (sample.prompt, sample.response) else new
 
 def _chosen(given, found):
@@ -752,14 +769,16 @@ def _change(name, before, after, cut):
     "One line of the causal check; rows that cannot be scored without the piece are counted apart."
     ok = np.isfinite(after)
     med = lambda x: float(np.median(x)) if len(x) else math.nan
-    return dict(removed=name, rows=len(after), unscored=int((~ok).sum()), before=med(before[ok]), after=med(after[ok]), change=med((after-before)[ok]),
+    return dict(removed=name, rows=len(after), unscored=int((~ok).sum()), before=med(before[ok]), after=med(after[ok]),
+                change=med((after-before)[ok]),
                 below=float((after[ok] <= cut).mean()) if ok.any() else math.nan)
 
 # %% ../nbs/15_explain.ipynb #99bcbccc
 def _check_sentry(sentry, verdict):
     said, mine = verdict.scores.info.get('statistic'), sentry.settings.statistic
     if said != mine: raise DataError(f'The verdict was made by {said!r} and this sentry scores by {mine!r}: give the sentry that made it.')
-    if not verdict.flagged.any(): raise DataError('Nothing was dropped, so there is nothing to take a candidate out of; give a verdict that drops rows.')
+    if not verdict.flagged.any():
+        raise DataError('Nothing was dropped, so there is nothing to take a candidate out of; give a verdict that drops rows.')
 
 # %% ../nbs/15_explain.ipynb #db53e327
 def causal_check(
@@ -775,15 +794,19 @@ def causal_check(
     samples = check_rows(verdict, as_samples(samples, 'explain')); _check_sentry(sentry, verdict)
     if not isinstance(rows, int) or rows < 1: raise SettingError(f'rows= is a number of rows from 1 on, not {rows!r}.')
     why = explain_verdict(verdict, samples) if payload is None or trigger is None else None
-    todo = dict(response=_chosen(payload, why.top('payloads')[:1] if why else ()), prompt=_chosen(trigger, why.top('triggers') if why else ()))
+    todo = dict(response=_chosen(payload, why.top('payloads')[:1] if why else ()),
+                prompt=_chosen(trigger, why.top('triggers') if why else ()))
     at = np.flatnonzero(verdict.flagged); pick = np.random.default_rng(seed_for('causal rows', run=seed)).permutation(at)[:rows]
     some = [samples[i] for i in np.sort(pick)]
     score = lambda xs: sentry.score(Samples(xs), progress=False).frame['score'].to_numpy(float)
     before, out = score(some), []
     for side, name in (('response', 'payload'), ('prompt', 'trigger')):
         new, control, places = _removals(some, side, todo[side], seed)
-        if not new and (payload if side == 'response' else trigger) is not None: raise DataError(f'The {name} occurs in none of the {len(some):,} dropped rows that were looked at; give a larger rows=.')
-        if new: out += [_change(label, before[places], score(xs), verdict.cut.value) for label, xs in ((f'{name} removed', new), (f'control: as many words of the {side}', control))]
+        if not new and (payload if side == 'response' else trigger) is not None:
+            raise DataError(f'The {name} occurs in none of the {len(some):,} dropped rows that were looked at; give a larger rows=.')
+        if new:
+            out += [_change(label, before[places], score(xs), verdict.cut.value)
+                    for label, xs in ((f'{name} removed', new), (f'control: as many words of the {side}', control))]
     return pd.DataFrame(out, columns=['removed', 'rows', 'unscored', 'before', 'after', 'change', 'below'])
 
 # %% ../nbs/15_explain.ipynb #756d4741
@@ -816,7 +839,9 @@ class GradientMap:
     def xy(self)->np.ndarray: return self.frame[['x', 'y']].to_numpy(float)  # [N, 2]
     def __len__(self): return len(self.frame)
     def __repr__(self): return f'GradientMap({len(self)} rows, {int(np.isfinite(self.xy[:, 0]).sum())} placed by {self.method})'
-    def _repr_html_(self): return f'<p>{html.escape(repr(self))}</p>'+self.frame.head(5).to_html(index=False, escape=True, float_format='%.3g')
+    def _repr_html_(self):
+        return f'<p>{html.escape(repr(self))}</p>'+self.frame.head(5).to_html(index=False, escape=True,
+            float_format='%.3g')
 
 # %% ../nbs/15_explain.ipynb #858f6cb1
 def _neighbours(self,
@@ -827,7 +852,8 @@ def _neighbours(self,
     if not isinstance(k, int) or k < 1: raise SettingError(f'k= is a number of neighbours from 1 on, not {k!r}.')
     if not -len(self) <= i < len(self): raise SettingError(f'There is no row {i}: the map has {len(self):,}, counted from 0.')
     i = range(len(self))[i]
-    if not np.isfinite(self.sketches[i, 0]): raise DataError(f'Row {self.frame.row[i]} has no gradient, so it has no neighbours; choose another row.')
+    if not np.isfinite(self.sketches[i, 0]):
+        raise DataError(f'Row {self.frame.row[i]} has no gradient, so it has no neighbours; choose another row.')
     cos = np.nan_to_num(self.sketches, nan=-2.)@self.sketches[i]
     cos[~np.isfinite(self.sketches[:, 0])] = -np.inf; cos[i] = -np.inf
     at = np.argsort(-cos, kind='stable')[:k]; at = at[np.isfinite(cos[at])]
@@ -854,7 +880,9 @@ def _umap(X, seed=0):
     "UMAP by cosine (McInnes, Healy and Melville 2018); needs the package umap-learn."
     umap = optional('umap', "A map with method='umap'")
     if len(X) < 5: raise DataError(f"UMAP needs at least 5 rows with a gradient, these are {len(X)}; use method='pca'.")
-    with kept_threads(): return umap.UMAP(n_neighbors=min(15, len(X)-1), metric='cosine', random_state=seed, n_jobs=1, init='random' if len(X) < 30 else 'spectral').fit_transform(X)
+    with kept_threads():
+        return umap.UMAP(n_neighbors=min(15, len(X)-1), metric='cosine', random_state=seed, n_jobs=1,
+                         init='random' if len(X) < 30 else 'spectral').fit_transform(X)
 
 # %% ../nbs/15_explain.ipynb #124b9e19
 def _all_sketches(sentry, samples, size, seed, progress):

@@ -153,9 +153,11 @@ def prompt_room(
     most:int,         # longest answer in tokens
 )->int:               # tokens
     "How much of a prompt leaves room for the answer; a `SettingError` when nothing does."
-    if isinstance(most, bool) or not isinstance(most, int) or most < 1: raise SettingError(f'max_new_tokens must be a whole number of at least 1, not {most!r}.')
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise SettingError(f'max_new_tokens must be a whole number of at least 1, not {most!r}.')
     size = positions(model) or 2**20
-    if size <= most: raise SettingError(f'max_new_tokens={most} leaves no room for a prompt: the model has {size} positions; ask for fewer.')
+    if size <= most:
+        raise SettingError(f'max_new_tokens={most} leaves no room for a prompt: the model has {size} positions; ask for fewer.')
     return size-most
 
 def generate_answers(

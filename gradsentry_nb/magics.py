@@ -79,7 +79,8 @@ class _LineParser(argparse.ArgumentParser):
         name, options = word.partition('=')[0], self.options()
         if name in options or not re.match('--?[A-Za-z]', name): return
         near = get_close_matches(name, options, n=1)
-        self.error(f'there is no option {name}' + (f'; did you mean {near[0]}?' if near else f'; there are {", ".join(o for o in options if o[:2] == "--")}'))
+        self.error(f'there is no option {name}' + (f'; did you mean {near[0]}?'
+                                                   if near else f'; there are {", ".join(o for o in options if o[:2] == "--")}'))
 
 # %% ../nbs/51_magics.ipynb #9e58d980
 def split_line(
@@ -119,7 +120,8 @@ class GradSentry(Configurable):
     preset = _maybe(Unicode, 'default, or paper for the published definition.')
     statistic = _maybe(Unicode, 'The column that becomes the score, such as log_volume or entropy.')
     layer = _maybe(Unicode, 'The linear layer whose gradient is scored; None: the output head.')
-    threshold = Union([Float(), Unicode()], default_value=None, allow_none=True, help='valley, paper, calibrated or a number.').tag(config=True)
+    threshold = Union([Float(), Unicode()], default_value=None, allow_none=True,
+                      help='valley, paper, calibrated or a number.').tag(config=True)
     k = _maybe(Int, 'Singular values in the entropy.')
     crop = _maybe(Int, 'Spectrum of the first 1/crop of the rows and columns of the gradient.')
     max_length = _maybe(Int, 'Most tokens of a row.')
@@ -212,7 +214,8 @@ def source_arguments(
 ):
     "What to read, and from which columns."
     p.add_argument('source', metavar=metavar, nargs=None if needed else '?', help=about)
-    for name, what in dict(prompt='the prompt', response='the response', messages='the chat turns', context='a passage before the prompt').items():
+    for name, what in dict(prompt='the prompt', response='the response', messages='the chat turns',
+                           context='a passage before the prompt').items():
         p.add_argument(f'--{name}', metavar='COLUMN', help=f'column of {what}; guessed when unambiguous')
     p.add_argument('--split', help='split of a data set that has several')
     p.add_argument('--limit', type=whole, metavar='N', help='read only the first N rows')
@@ -225,7 +228,8 @@ def score_arguments(
     "How to score."
     p.add_argument('--preset', default=preset, help='default, or paper for the published definition')
     p.add_argument('--statistic', help='the column that becomes the score (default: log_volume; paper, or with --layer: entropy)')
-    p.add_argument('--layer', metavar='NAME', help="score by the gradient of this linear layer, such as layers.3.mlp.down_proj (default: the output head, which needs no backward pass)")
+    p.add_argument('--layer', metavar='NAME',
+                   help="score by the gradient of this linear layer, such as layers.3.mlp.down_proj (default: the output head, which needs no backward pass)")
     p.add_argument('--k', type=whole, help='singular values in the entropy (default: 16)')
     p.add_argument('--crop', type=whole, help='spectrum of the first 1/CROP of the rows and columns of the gradient (default: 1; paper: 8)')
     p.add_argument('--seed', type=whole, help='of resamples and folds (default: 0)')
@@ -320,7 +324,8 @@ def holds_rows(
     if isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], list): x = x[0]
     first = x[0] if isinstance(x, (list, tuple)) and len(x) else None
     has = lambda *attributes: all(hasattr(type(x), n) for n in attributes)   # asks the class: an attribute of the object might run code
-    return isinstance(first, dict) or hasattr(type(first), 'meta') and hasattr(first, 'response') or has('columns', 'to_dict', 'notna') or has('column_names')
+    return isinstance(first, dict) or hasattr(type(first), 'meta') and hasattr(first, 'response') or has('columns',
+        'to_dict', 'notna') or has('column_names')
 
 # %% ../nbs/51_magics.ipynb #f9b49d42
 def _of_variable(name, value, a):
@@ -331,7 +336,8 @@ def _of_variable(name, value, a):
     if not (isinstance(value, (list, tuple)) and hasattr(value[0], 'response')):
         rows = read_rows(value, a); rows.source = name
         return rows
-    if any((a.prompt, a.response, a.messages, a.context, a.split)): raise SettingError(f'{name} holds samples, whose prompt and response are known: leave out the columns and --split.')
+    if any((a.prompt, a.response, a.messages, a.context, a.split)):
+        raise SettingError(f'{name} holds samples, whose prompt and response are known: leave out the columns and --split.')
     if a.limit is not None and a.limit < 1: raise SettingError(f'--limit must be at least 1, not {a.limit}.')
     return as_samples(value if isinstance(value, list) else list(value))[:a.limit]
 
@@ -347,7 +353,8 @@ def _named_rows(g, name, held, read, demo=None):
     name, value = _path_in(g, name)
     there, embedded = os.path.exists(os.path.expanduser(name)), demo is not None and name == 'demo'
     if holds_rows(value):
-        if there or embedded: _say(f'{name} is the variable here, not the {"file" if there else "embedded set"}{f" (which is ./{name})"*there}.')
+        if there or embedded:
+            _say(f'{name} is the variable here, not the {"file" if there else "embedded set"}{f" (which is ./{name})"*there}.')
         return held(name, value)
     if value is not None and not there and not embedded:
         raise SettingError(f'The variable {name} holds {_a(value)} and no rows; give Samples, a list of dicts, a DataFrame, a Dataset, or the name of a file.')
@@ -389,8 +396,10 @@ def _model_in(value):
     "((model, tokenizer), Sentry or None) of a variable, or None."
     from gradsentry_nb.sentry import Sentry
     if isinstance(value, Sentry): return (value.model, value.tokenizer), value
-    if isinstance(value, tuple) and len(value) == 2 and hasattr(value[0], 'get_output_embeddings') and callable(value[1]): return value, None
-    if hasattr(type(value), '__dataclass_fields__') and hasattr(value, 'model') and hasattr(value, 'tokenizer'): return (value.model, value.tokenizer), None
+    if isinstance(value, tuple) and len(value) == 2 and hasattr(value[0], 'get_output_embeddings') and callable(value[1]):
+        return value, None
+    if hasattr(type(value), '__dataclass_fields__') and hasattr(value, 'model') and hasattr(value, 'tokenizer'):
+        return (value.model, value.tokenizer), None
     return None
 
 # %% ../nbs/51_magics.ipynb #93f43135
@@ -412,11 +421,14 @@ def keep_model(
     name, value = _path_in(g, name)
     found, there = _model_in(value), os.path.isdir(os.path.expanduser(name))
     if found:
-        if there or name == 'demo': _say(f'{name} is the variable here, not the {"folder" if there else "embedded model"}{f" (which is ./{name})"*there}.')
-        if a.device or a.dtype or a.quantize: raise SettingError(f'The model in {name} is loaded already: leave out --device, --dtype and --quantize.')
+        if there or name == 'demo':
+            _say(f'{name} is the variable here, not the {"folder" if there else "embedded model"}{f" (which is ./{name})"*there}.')
+        if a.device or a.dtype or a.quantize:
+            raise SettingError(f'The model in {name} is loaded already: leave out --device, --dtype and --quantize.')
         (g.model, g.made), g.name, g.key, g.sentry = found, name, None, None
         return
-    if value is not None and not there and name != 'demo': raise SettingError(f'The variable {name} holds {_a(value)} and no model; give a Sentry, a pair (model, tokenizer), a folder or a hub name.')
+    if value is not None and not there and name != 'demo':
+        raise SettingError(f'The variable {name} holds {_a(value)} and no model; give a Sentry, a pair (model, tokenizer), a folder or a hub name.')
     place = str(demo_model_path()) if name == 'demo' else os.path.expanduser(name)
     how = a.device or g.device, a.dtype or g.dtype or 'auto', a.trust_remote_code, a.allow_pickle, None, a.quantize
     if (key := (place, *how, _stamp(place))) == g.key: return
@@ -449,18 +461,22 @@ def sentry_for(
     from gradsentry_nb.sentry import Sentry
     preset, fields = _fields(g, a)
     if cut: checked_settings(preset, fields, a.known_clean)
-    if g.model is not None: return g.made if g.made is not None and not changes_of(a) and not getattr(a, 'preset', None) else Sentry(*g.model, preset, g.name, **fields)
+    if g.model is not None:
+        return g.made if g.made is not None and not changes_of(a) and not getattr(a, 'preset',
+            None) else Sentry(*g.model, preset, g.name, **fields)
     if not demo: raise SettingError('There is no model yet: name one with %gs_model NAME (%gs_model demo for the embedded one).')
     if g.demo is None: g.demo = demo_model()
     return Sentry(*g.demo, preset, _DEMO, **fields)
 
 # %% ../nbs/51_magics.ipynb #169da436
 def _model_line(p):
-    p.add_argument('name', metavar='NAME', nargs='?', help='a folder, a hub name, `demo` for the embedded model, or a variable: a (model, tokenizer) pair or a Sentry')
+    p.add_argument('name', metavar='NAME', nargs='?',
+                   help='a folder, a hub name, `demo` for the embedded model, or a variable: a (model, tokenizer) pair or a Sentry')
     model_arguments(p, None)
     p.add_argument('--forget', action='store_true', help='let go of the model, so that its memory can be used')
 
-@magic(_model_line, {'%gs_model demo': 'sentry = Sentry(*demo_model())', '%gs_model ./my-model --dtype float32': "sentry = Sentry.from_pretrained('./my-model', dtype='float32')"})
+@magic(_model_line, {'%gs_model demo': 'sentry = Sentry(*demo_model())',
+                     '%gs_model ./my-model --dtype float32': "sentry = Sentry.from_pretrained('./my-model', dtype='float32')"})
 def _gs_model(g, a):
     """Keep a model for the other %gs magics, and return a Sentry with it; without a name, say which one is kept."""
     if a.forget: g.forget(); g.sentry = g.demo = g.live = None; return None
@@ -471,7 +487,8 @@ def _gs_model(g, a):
 def _scan_line(p):
     source_arguments(p, 'SOURCE', SOURCE, needed=False)
     score_arguments(p, None); cut_arguments(p, 'SOURCE'); room_arguments(p)
-    p.add_argument('--out', type=os.path.expanduser, metavar='FOLDER', help='write clean and dropped rows, scores, verdict and report there')
+    p.add_argument('--out', type=os.path.expanduser, metavar='FOLDER',
+                   help='write clean and dropped rows, scores, verdict and report there')
     p.add_argument('--partial', action='store_true', help='return the Scores of the rows that a stopped scan had finished')
 
 # %% ../nbs/51_magics.ipynb #0db93ab2
@@ -510,7 +527,8 @@ def _wrote(files):
 # %% ../nbs/51_magics.ipynb #f99f877b
 def _partial(g):
     from gradsentry_nb.core import SettingError
-    if g.partial is None: raise SettingError('No scan was stopped since the last one that ended, so there are no partial scores; leave out --partial.')
+    if g.partial is None:
+        raise SettingError('No scan was stopped since the last one that ended, so there are no partial scores; leave out --partial.')
     return g.partial
 
 @contextmanager
@@ -554,9 +572,11 @@ def _verdict_in(g, name):
     for x in (value, getattr(value, 'verdict', None)):
         if isinstance(x, Verdict): return x
     if not os.path.isfile(os.path.expanduser(path)):
-        raise SettingError(f'The variable {path} holds {_a(value)} and no Verdict; make one with %gs_scan SOURCE.' if value is not None else f'There is no variable and no file {path!r} with a verdict; make one with %gs_scan SOURCE.')
+        raise SettingError(f'The variable {path} holds {_a(value)} and no Verdict; make one with %gs_scan SOURCE.'
+                           if value is not None else f'There is no variable and no file {path!r} with a verdict; make one with %gs_scan SOURCE.')
     try: return Verdict.from_json((path := Path(path).expanduser()).read_text(encoding='utf8'), path.parent)
-    except (ValueError, KeyError, TypeError, AttributeError): raise DataError(f'{path}: this is no verdict.json of a scan; name one that a scan wrote.') from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f'{path}: this is no verdict.json of a scan; name one that a scan wrote.') from None
 
 # %% ../nbs/51_magics.ipynb #6ef5560c
 def judged(
@@ -571,7 +591,8 @@ def judged(
     rows = rows_of(g, a.samples) if a.samples else g.scans.get(verdict)
     ids = verdict.scores.frame['id'].tolist()
     fits = lambda r: r is not None and len(r) == len(ids) and [s.id for s in r] == ids
-    if rows is not None and not fits(rows): raise SettingError(f'The verdict is about {len(ids):,} other rows than {a.samples}; name its own (--samples).')
+    if rows is not None and not fits(rows):
+        raise SettingError(f'The verdict is about {len(ids):,} other rows than {a.samples}; name its own (--samples).')
     if rows is None: rows = next((r for r in (g.samples, *(x for x in g.names.values() if isinstance(x, Samples))) if fits(r)), None)
     if rows is None and needed: raise SettingError('Which rows is this verdict about? Name them: --samples SOURCE.')
     return verdict, rows, g.sentry if rows is not None and rows is g.samples else None
@@ -582,7 +603,8 @@ def _verdict_line(p, option=False):
                    help='a variable that holds a Verdict or a view, or a verdict.json (default: the verdict of the last scan)')
     p.add_argument('--samples', metavar='SOURCE', help='the rows that it is about, when no magic has scanned them')
 
-@magic(_verdict_line, {'%gs_view': 'widgets.view(verdict, samples, sentry)', '%gs_view mine --samples rows': 'widgets.view(mine, load_samples(rows))'})
+@magic(_verdict_line, {'%gs_view': 'widgets.view(verdict, samples, sentry)',
+                       '%gs_view mine --samples rows': 'widgets.view(mine, load_samples(rows))'})
 def _gs_view(g, a):
     """Look through a Verdict: its rows, its cut, its charts. Returns the view."""
     from gradsentry_nb.widgets import view
@@ -611,14 +633,17 @@ def cell_samples(
     if text.lstrip()[:1] in ('{', '['): return load_samples(cell(_json_rows(text)))
     before, *parts = _PART.split(text)
     named, bodies = [p.lower() for p in parts[::2]], [p.strip('\r\n') for p in parts[1::2]]
-    if before.strip() or not named: raise DataError('cell: it begins neither with a line `prompt: ...` nor with JSON; write `prompt:` and `response:` lines, or a JSON object on each line.')
-    if named != ['prompt', 'response']*(len(named)//2): raise DataError(f'cell: `prompt:` and `response:` must take turns, here they are {", ".join(named)}; a text that holds such a line is written as JSON.')
+    if before.strip() or not named:
+        raise DataError('cell: it begins neither with a line `prompt: ...` nor with JSON; write `prompt:` and `response:` lines, or a JSON object on each line.')
+    if named != ['prompt', 'response']*(len(named)//2):
+        raise DataError(f'cell: `prompt:` and `response:` must take turns, here they are {", ".join(named)}; a text that holds such a line is written as JSON.')
     return load_samples(cell(dict(prompt=p, response=r) for p, r in zip(bodies[::2], bodies[1::2])))
 
 # %% ../nbs/51_magics.ipynb #aa45ccb3
 def _variable_name(to):
     from gradsentry_nb.core import SettingError
-    if to and (not to.isidentifier() or keyword.iskeyword(to)): raise SettingError(f'{to!r} cannot be the name of a variable; give letters, digits and _ (--to).')
+    if to and (not to.isidentifier() or keyword.iskeyword(to)):
+        raise SettingError(f'{to!r} cannot be the name of a variable; give letters, digits and _ (--to).')
 
 # %% ../nbs/51_magics.ipynb #b94ccc31
 def _score_line(p):
@@ -645,7 +670,8 @@ def _explain_line(p):
     p.add_argument('row', metavar='ROW', nargs='?', help='number of a row, from 0, or the id of a sample')
     _verdict_line(p, option=True)
 
-@magic(_explain_line, {'%gs_explain': 'explain.explain_verdict(verdict, samples)', '%gs_explain 12': 'explain.explain_row(sentry, samples[12])'})
+@magic(_explain_line, {'%gs_explain': 'explain.explain_verdict(verdict, samples)',
+                       '%gs_explain 12': 'explain.explain_row(sentry, samples[12])'})
 def _gs_explain(g, a):
     """Say what stands out in the dropped rows: payload and trigger candidates; with ROW, which tokens of that row its score comes from."""
     from gradsentry_nb.explain import explain_row, explain_verdict
@@ -674,7 +700,8 @@ def attack_arguments(
     p,                              # an `argparse` parser
 ):
     "What to plant, in how many rows."
-    p.add_argument('--payload', default='append', metavar='NAME', help='append, replace_short, refusal, swapped, clean_label, ... (default: %(default)s)')
+    p.add_argument('--payload', default='append', metavar='NAME',
+                   help='append, replace_short, refusal, swapped, clean_label, ... (default: %(default)s)')
     p.add_argument('--rate', type=float, help='share of rows, 0.001 to 0.9 (default: 0.1)')
     p.add_argument('--count', type=whole, help='number of rows, instead of a share')
     p.add_argument('--trigger', help='text of the trigger, instead of the attack\'s own')
@@ -744,11 +771,13 @@ def ssti_arguments(
     p.add_argument('--split', help='split of a data set that has several')
     p.add_argument('--text-field', default='text', metavar='COLUMN', help='column of the text (default: %(default)s)')
     p.add_argument('--label-field', default='label', metavar='COLUMN', help='column of the class (default: %(default)s)')
-    p.add_argument('--encoder', metavar='PATH_OR_NAME', help='a clean encoder: finds words that mean alike and do not repeat, such as countries')
+    p.add_argument('--encoder', metavar='PATH_OR_NAME',
+                   help='a clean encoder: finds words that mean alike and do not repeat, such as countries')
     p.add_argument('--least', type=whole, metavar='N', help='fewest rows of an item (default: 5)')
     p.add_argument('--p', type=float, help='what stands out has at most this corrected p-value (default: 0.05)')
     p.add_argument('--clean', metavar='HOW', help='remove takes the items out, drop leaves out the rows that hold one (default: remove)')
-    p.add_argument('--inject', metavar='ITEMS', help='put items in instead of finding some: dates, countries, colours, punctuation, tags, tag_pairs, or a file with one to a line')
+    p.add_argument('--inject', metavar='ITEMS',
+                   help='put items in instead of finding some: dates, countries, colours, punctuation, tags, tag_pairs, or a file with one to a line')
     p.add_argument('--class', dest='label', metavar='LABEL', help='the class whose texts get them')
     p.add_argument('--share', type=float, help='of the texts of that class (default: 1)')
     p.add_argument('--amount', help='light: one item in a text; aggressive: a tenth of the words; or a share of the words (default: light)')
@@ -762,7 +791,8 @@ def ssti_settings(
 )->dict:            # what was given for finding, or for putting in
     "The settings that the arguments name; those of the other task are refused."
     from gradsentry_nb.core import SettingError
-    (mine, other), said = ((_PUT, _FIND), 'is for finding items; leave out --inject') if a.inject else ((_FIND, _PUT), 'says how items are put in: add --inject ITEMS')
+    (mine, other), said = ((_PUT, _FIND), 'is for finding items; leave out --inject') if a.inject else ((_FIND, _PUT),
+        'says how items are put in: add --inject ITEMS')
     given = lambda names: {n: v for n in names if (v := getattr(a, n, None)) is not None}
     if wrong := list(given(other)): raise SettingError(f'--{dict(label="class", spot="place").get(wrong[0], wrong[0])} {said}.')
     return given(mine)
@@ -794,7 +824,8 @@ def ssti_inject(
     more, there = ssti_settings(a), os.path.expanduser(a.inject)
     items = Path(there) if a.inject not in ITEMS and os.path.isfile(there) else choose('file and no source of items', a.inject, ITEMS)
     labels = {str(y): y for y in _taken(rows, a.text_field, a.label_field).labels}
-    if a.label is None: raise SettingError(f'Say which class gets the items: --class LABEL; the labels are {", ".join(visible(y, 40) for y in list(labels)[:20])}.')
+    if a.label is None:
+        raise SettingError(f'Say which class gets the items: --class LABEL; the labels are {", ".join(visible(y, 40) for y in list(labels)[:20])}.')
     if 'amount' in more: more['amount'] = _number(a.amount)
     more = {dict(spot='place').get(n, n): v for n, v in more.items() if n != 'label'}
     with warnings.catch_warnings():
@@ -811,7 +842,8 @@ def _ssti_line(p):
     ssti_arguments(p)
     p.add_argument('--to', metavar='VARIABLE', help='keep the cleaned rows in this variable')
 
-@magic(_ssti_line, {'%gs_ssti reviews': 'scan_tokens(reviews)', '%gs_ssti reviews --clean drop --to clean': "scan = scan_tokens(reviews); clean = scan.clean(reviews, 'drop'); scan",
+@magic(_ssti_line, {'%gs_ssti reviews': 'scan_tokens(reviews)',
+                    '%gs_ssti reviews --clean drop --to clean': "scan = scan_tokens(reviews); clean = scan.clean(reviews, 'drop'); scan",
                     '%gs_ssti reviews --inject dates --class 1 --share 0.05': "mix, truth = inject(reviews, 'dates', label=1, share=0.05)"})
 def _gs_ssti(g, a):
     """Find spurious tokens in the labelled texts of SOURCE and return the TokenScan: `scan = %gs_ssti SOURCE`. With --inject put some in, to see whether a scan finds them:
@@ -837,19 +869,27 @@ def obliviate_arguments(
 ):
     "How to train an adapter on an encoder that is not trusted, or to look at the encoder itself."
     p.add_argument('--encoder', dest='backbone', metavar='PATH_OR_NAME', help='the encoder that is not trusted: a folder or a hub name')
-    p.add_argument('--triggers', metavar='WORDS', help='words to ask about, such as cf,mn: how many texts flip with each, beside control words; with --scan, try only these')
+    p.add_argument('--triggers', metavar='WORDS',
+                   help='words to ask about, such as cf,mn: how many texts flip with each, beside control words; with --scan, try only these')
     p.add_argument('--scan', action='store_true', default=None, help='train nothing: which words take any text to the same place?')
-    p.add_argument('--sample', type=whole, metavar='N', help='with --scan, try only N words of the vocabulary, drawn at random (default: all)')
+    p.add_argument('--sample', type=whole, metavar='N',
+                   help='with --scan, try only N words of the vocabulary, drawn at random (default: all)')
     p.add_argument('--kind', help='lora, houlsby or prefix (default: lora)')
     p.add_argument('--amp', type=float, metavar='WEIGHT', help='of the amplification of the adapter; 0: off (default: 0.003)')
     p.add_argument('--reg', type=float, metavar='WEIGHT', help='of the regularisation of attention; 0: off (default: 0.03)')
-    p.add_argument('--pick', action='store_true', default=None, help='choose both weights by the accuracy on clean texts alone: 16 trainings')
-    p.add_argument('--alone', action='store_true', default=None, help='leave out the training without the defence: half the time, and nothing to compare with')
+    p.add_argument('--pick', action='store_true', default=None,
+                   help='choose both weights by the accuracy on clean texts alone: 16 trainings')
+    p.add_argument('--alone', action='store_true', default=None,
+                   help='leave out the training without the defence: half the time, and nothing to compare with')
     p.add_argument('--test', metavar='SOURCE', help='texts with labels to measure on (default: a fifth of the texts is held out)')
     p.add_argument('--pool', help='what the head reads: cls or mean (default: what the model says, else cls)')
-    for name, kind, what in (('lr', float, 'learning rate (default: 0.0003)'), ('epochs', whole, 'passes over the texts (default: 20)'), ('batch', whole, 'texts in a step (default: 16)'), ('steps', whole, 'steps at most, instead of epochs'),
+    for name, kind, what in (('lr', float, 'learning rate (default: 0.0003)'),
+                             ('epochs', whole, 'passes over the texts (default: 20)'),
+                             ('batch', whole, 'texts in a step (default: 16)'),
+                             ('steps', whole, 'steps at most, instead of epochs'),
                              ('seed', whole, 'of the held-out texts and the training (default: 0)')): p.add_argument(f'--{name}', type=kind, metavar='N' if kind is whole else 'RATE', help=what)
-    p.add_argument('--out', type=os.path.expanduser, metavar='FOLDER', help='keep the adapter and the head there; with --scan: a copy of the encoder that reads the words found as unknown ones')
+    p.add_argument('--out', type=os.path.expanduser, metavar='FOLDER',
+                   help='keep the adapter and the head there; with --scan: a copy of the encoder that reads the words found as unknown ones')
     p.add_argument('--split', help='split of a data set that has several')
     p.add_argument('--text-field', default='text', metavar='COLUMN', help='column of the text (default: %(default)s)')
     p.add_argument('--label-field', default='label', metavar='COLUMN', help='column of the class (default: %(default)s)')
@@ -867,7 +907,8 @@ def obliviate_settings(
     for n in given:
         if a.scan and n in _TUNE: raise SettingError(f'--{n} is for training an adapter; leave out --scan.')
         if not a.scan and n in _LOOK: raise SettingError(f'--{n} is for looking at the encoder: add --scan.')
-        if a.pick and n in ('amp', 'reg', 'alone'): raise SettingError(f'--pick chooses the weights, beside a training without them: leave out --{n}.')
+        if a.pick and n in ('amp', 'reg', 'alone'):
+            raise SettingError(f'--pick chooses the weights, beside a training without them: leave out --{n}.')
     if a.sample and a.triggers: raise SettingError('--triggers names the words to try; leave out --sample.')
     more = {dict(amp='lambda_amp', reg='lambda_reg').get(n, n): v for n, v in given.items() if n not in ('test', 'pool', 'out', 'sample')}
     ObliviateSettings(**{n: v for n, v in more.items() if n not in ('pick', 'alone', 'seed')})
@@ -898,7 +939,9 @@ def obliviate_scan(
     from gradsentry_nb.data import _taken
     from gradsentry_nb.obliviate import query_of
     texts, (model, tokenizer) = _taken(rows, a.text_field, a.text_field).texts, _fresh(encoder, (0, 1), a)
-    return probe_backbone(model, tokenizer, texts, _words(a.triggers) or None, ('last' if query_of(model) == 'last' else 'cls', 'mean'), a.sample, top=max(1, min(128, len(whole_words(tokenizer))//4)), seed=a.seed or 0, progress=progress)
+    return probe_backbone(model, tokenizer, texts, _words(a.triggers) or None,
+                          ('last' if query_of(model) == 'last' else 'cls', 'mean'), a.sample,
+                          top=max(1, min(128, len(whole_words(tokenizer))//4)), seed=a.seed or 0, progress=progress)
 
 # %% ../nbs/51_magics.ipynb #b8abac11
 def obliviate_mute(
@@ -912,7 +955,8 @@ def obliviate_mute(
     words = list(scan.found['word'])
     if not words: return 'No word stands out, so there is nothing to take away; nothing was written.'
     from transformers import AutoModel, AutoTokenizer
-    model, tokenizer = (AutoModel.from_pretrained(*encoder, dtype='auto', use_safetensors=True), AutoTokenizer.from_pretrained(*encoder)) if isinstance(encoder[0], str) else encoder
+    model, tokenizer = (AutoModel.from_pretrained(*encoder, dtype='auto', use_safetensors=True),
+                        AutoTokenizer.from_pretrained(*encoder)) if isinstance(encoder[0], str) else encoder
     for part in mute_words(model, tokenizer, words): part.save_pretrained(folder)
     return f'Written to {visible(folder)}: the encoder, reading {len(words)} {"word" if len(words) == 1 else "words"} as unknown.'
 
@@ -930,7 +974,8 @@ def obliviate_tune(
     from gradsentry_nb.train import class_names
     more, words, found = obliviate_settings(a), _words(a.triggers), _taken(rows, a.text_field, a.label_field)
     if test is not None: test = (t := _taken(test, a.text_field, a.label_field)).texts, t.labels
-    return defend(*_fresh(encoder, class_names(found.labels), a), found.texts, found.labels, test=test, triggers=words, progress=progress, **more)
+    return defend(*_fresh(encoder, class_names(found.labels), a), found.texts, found.labels, test=test, triggers=words,
+                  progress=progress, **more)
 
 # %% ../nbs/51_magics.ipynb #8b49c112
 def _obliviate_line(p):
@@ -961,7 +1006,8 @@ def _backbone(g, name):
     from gradsentry_nb.core import SettingError
     name, value = _path_in(g, name)
     if found := _model_in(value): return found[0]
-    if value is not None and not os.path.isdir(os.path.expanduser(name)): raise SettingError(f'The variable {name} holds {_a(value)} and no encoder; give a pair (model, tokenizer), a backdoor of plant_backbone, a folder or a hub name.')
+    if value is not None and not os.path.isdir(os.path.expanduser(name)):
+        raise SettingError(f'The variable {name} holds {_a(value)} and no encoder; give a pair (model, tokenizer), a backdoor of plant_backbone, a folder or a hub name.')
     return (os.path.expanduser(name),)
 
 # %% ../nbs/51_magics.ipynb #6c3492da
@@ -980,9 +1026,11 @@ class ReportPage:
 # %% ../nbs/51_magics.ipynb #1e0f988a
 def _report_line(p):
     _verdict_line(p)
-    p.add_argument('--out', type=os.path.expanduser, metavar='FOLDER', help='write clean and dropped rows, scores, verdict and report there (default: show the report here)')
+    p.add_argument('--out', type=os.path.expanduser, metavar='FOLDER',
+                   help='write clean and dropped rows, scores, verdict and report there (default: show the report here)')
 
-@magic(_report_line, {'%gs_report --out found': "files = write_outputs(verdict, samples, 'found')", '%gs_report': 'report_html(verdict, samples)'})
+@magic(_report_line, {'%gs_report --out found': "files = write_outputs(verdict, samples, 'found')",
+                      '%gs_report': 'report_html(verdict, samples)'})
 def _gs_report(g, a):
     """Write a verdict's files to a folder and return their paths; without one, show its report."""
     from gradsentry_nb.report import headline, report_html, write_outputs
@@ -1007,10 +1055,14 @@ def values(
 # %% ../nbs/51_magics.ipynb #11bce596
 def _registry(module, name): return lambda g, words, typed: getattr(import_module(f'gradsentry_nb.{module}'), name)
 
-VALUES.update(preset=_registry('sentry', 'PRESETS'), statistic=_registry('spectrum', 'STATISTICS'), threshold=_registry('threshold', 'THRESHOLDS'),
-              dtype=_registry('sentry', '_DTYPES'), quantize=_registry('sentry', 'QUANTIZED'), attack=_registry('attacks.triggers', 'ATTACKS'), payload=_registry('attacks.triggers', 'PAYLOADS'),
-              place=_registry('attacks.triggers', 'PLACES'), clean=_registry('spurious', 'CLEANING'), amount=_registry('attacks.ssti', 'AMOUNTS'), spot=_registry('attacks.ssti', 'PLACES'),
-              case=_registry('attacks.ssti', 'CASES'), kind=_registry('obliviate', 'PEFT_KINDS'), pool=_registry('train', 'POOLS'), device=lambda g, words, typed: ('auto', 'cpu', 'cuda', 'mps'))
+VALUES.update(preset=_registry('sentry', 'PRESETS'), statistic=_registry('spectrum', 'STATISTICS'),
+              threshold=_registry('threshold', 'THRESHOLDS'),
+              dtype=_registry('sentry', '_DTYPES'), quantize=_registry('sentry', 'QUANTIZED'),
+              attack=_registry('attacks.triggers', 'ATTACKS'), payload=_registry('attacks.triggers', 'PAYLOADS'),
+              place=_registry('attacks.triggers', 'PLACES'), clean=_registry('spurious', 'CLEANING'),
+              amount=_registry('attacks.ssti', 'AMOUNTS'), spot=_registry('attacks.ssti', 'PLACES'),
+              case=_registry('attacks.ssti', 'CASES'), kind=_registry('obliviate', 'PEFT_KINDS'),
+              pool=_registry('train', 'POOLS'), device=lambda g, words, typed: ('auto', 'cpu', 'cuda', 'mps'))
 
 # %% ../nbs/51_magics.ipynb #945d7afb
 def _named(g, test): return sorted(n for n, v in g.names.items() if n[0] != '_' and n not in g.shell.user_ns_hidden and test(v))
@@ -1023,7 +1075,8 @@ def files_like(
     head, start = os.path.split(typed)
     try: found = sorted(os.scandir(os.path.expanduser(head) or '.'), key=lambda e: e.name)
     except (OSError, ValueError): return []
-    return [os.path.join(head, e.name)+'/'*e.is_dir() for e in found if e.name.startswith(start) and (start or e.name[0] != '.') and (e.is_dir() or fits(e))]
+    return [os.path.join(head, e.name)+'/'*e.is_dir() for e in found if e.name.startswith(start)
+            and (start or e.name[0] != '.') and (e.is_dir() or fits(e))]
 
 # %% ../nbs/51_magics.ipynb #c5bf1d15
 @values('source', 'known_clean', 'samples')
@@ -1069,7 +1122,9 @@ def _rows(g, words, typed): return g.verdict.drop[:50] if g.verdict is not None 
 def _columns(g, words, typed):
     held = [v for w in words if holds_rows(v := variable(g.names, w))]
     if not held: return ()
-    return [str(c) for c in (held[0][0] if isinstance(held[0], list) and isinstance(held[0][0], dict) else getattr(held[0], 'columns', getattr(held[0], 'column_names', ())))]
+    return [str(c) for c in (held[0][0] if isinstance(held[0], list)
+                             and isinstance(held[0][0], dict) else getattr(held[0], 'columns',
+        getattr(held[0], 'column_names', ())))]
 
 # %% ../nbs/51_magics.ipynb #87355d2e
 _CALL = re.compile(r'(?:^\s*%{0,2}|=\s*%)(gs_\w+)[ \t]+(.*)\Z')
@@ -1145,7 +1200,8 @@ def _matcher(g):
     @context_matcher(identifier='GradSentry', priority=1000)
     def gs_arguments(context):
         fragment, texts = _for_token(completions(g, context.text_until_cursor), context.token)
-        return dict(completions=[SimpleCompletion(t, type='param') for t in texts], matched_fragment=fragment, suppress=bool(texts), ordered=True)
+        return dict(completions=[SimpleCompletion(t, type='param') for t in texts], matched_fragment=fragment,
+                    suppress=bool(texts), ordered=True)
     return completer.custom_matchers, gs_arguments
 
 # %% ../nbs/51_magics.ipynb #84085a36

@@ -38,7 +38,9 @@ from .train import ClassifySettings, TunedClassifier, class_names, head_names, l
 with _quiet(): from transformers import Trainer   # which brings peft, and with it bitsandbytes
 
 # %% ../nbs/42_obliviate.ipynb #07cd2178
-QUERIES = {'cls': 'the first token, which heads of encoders read', 'last': 'the last token, which heads of language models read', 'all': 'the mean over all tokens, for heads that read their mean'}
+QUERIES = {'cls': 'the first token, which heads of encoders read',
+           'last': 'the last token, which heads of language models read',
+           'all': 'the mean over all tokens, for heads that read their mean'}
 PEFT_KINDS = {}    # name -> function(model, settings) that gives a classifier an adapter
 
 def coefficient(
@@ -47,7 +49,8 @@ def coefficient(
 )->float:
     "The weight of a term of the loss."
     if value is None: return 0.
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf: raise SettingError(f'{name} must be 0 (off) or more, not {value!r}.')
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+        raise SettingError(f'{name} must be 0 (off) or more, not {value!r}.')
     return float(value)
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class ObliviateSettings(ClassifySettings):
         if self.query is not None: choose('query', self.query, QUERIES)
         for name in ('lambda_amp', 'lambda_reg'): object.__setattr__(self, name, coefficient(name, getattr(self, name)))
         for name, low in dict(reduction=1, length=1, bottleneck=0).items():
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < low: raise SettingError(f'{name} must be a whole number of at least {low}, not {getattr(self, name)!r}.')
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
+                raise SettingError(f'{name} must be a whole number of at least {low}, not {getattr(self, name)!r}.')
 
 OBLIVIATE_PRESETS = {'paper': {}}    # settings by name, as in `TRAIN_PRESETS`
 
@@ -90,7 +94,8 @@ class HoulsbyAdapter(nn.Module):
         width, like = getattr(layer, 'out_features', None) or layer.nf, dict(device=layer.weight.device, dtype=layer.weight.dtype)
         inner = max(1, width//reduction)
         self.layer, self.reduction = layer, reduction
-        self.houlsby_down, self.houlsby_up, self.houlsby_dropout = nn.Linear(width, inner, **like), nn.Linear(inner, width, **like), nn.Dropout(dropout)
+        self.houlsby_down, self.houlsby_up, self.houlsby_dropout = nn.Linear(width, inner, **like), nn.Linear(inner,
+            width, **like), nn.Dropout(dropout)
         for x in (self.houlsby_down, self.houlsby_up): nn.init.normal_(x.weight, std=.02); nn.init.zeros_(x.bias)
     def forward(self, x):
         y = self.layer(x)
@@ -105,7 +110,8 @@ def add_houlsby(
 ):
     "The model with two adapters per block, which alone can be trained."
     names, blocks = lora_targets(model, 'outputs'), model.config.num_hidden_layers
-    if len(names) != 2*blocks: raise SettingError(f'Houlsby adapters stand behind two layers of every block; in the {blocks} blocks of this {type(model).__name__} there are {len(names)} such layers. Choose kind="lora".')
+    if len(names) != 2*blocks:
+        raise SettingError(f'Houlsby adapters stand behind two layers of every block; in the {blocks} blocks of this {type(model).__name__} there are {len(names)} such layers. Choose kind="lora".')
     model.requires_grad_(False)
     for n in names: model.set_submodule(n, HoulsbyAdapter(model.get_submodule(n), reduction, dropout).train(model.training))
     return model
@@ -150,7 +156,8 @@ def _houlsby(model, s):
 
 def _takes_past(model): return any('past_key_values' in signature(m.forward).parameters for m in (model, model.base_model))
 def _drop(p, body, args, kwargs):
-    for x in getattr(kwargs.get('past_key_values'), 'layers', [])*body.training: x.keys, x.values = (nn.functional.dropout(y, p) for y in (x.keys, x.values))
+    for x in getattr(kwargs.get('past_key_values'), 'layers', [])*body.training:
+        x.keys, x.values = (nn.functional.dropout(y, p) for y in (x.keys, x.values))
 
 @peft_kind('prefix')
 def _prefix(model, s):
@@ -158,8 +165,12 @@ def _prefix(model, s):
     if not _takes_past(model):
         raise SettingError(f'kind="prefix": a {type(model).__name__} takes no keys and values from before the text; choose one of {", ".join(repr(k) for k in PEFT_KINDS if k != "prefix")}, which fit it.')
     most = positions(model)
-    if most and s.length > most-4: raise SettingError(f'A prefix of length={s.length} leaves no room for a text in the {most} positions of this {type(model).__name__}; choose a smaller length=.')
-    tuned = get_peft_model(model, PrefixTuningConfig(task_type='SEQ_CLS', num_virtual_tokens=s.length, prefix_projection=s.bottleneck > 0, encoder_hidden_size=s.bottleneck or None, modules_to_save=head_modules(model)))
+    if most and s.length > most-4:
+        raise SettingError(f'A prefix of length={s.length} leaves no room for a text in the {most} positions of this {type(model).__name__}; choose a smaller length=.')
+    tuned = get_peft_model(model, PrefixTuningConfig(task_type='SEQ_CLS', num_virtual_tokens=s.length,
+                                                     prefix_projection=s.bottleneck > 0,
+                                                     encoder_hidden_size=s.bottleneck or None,
+                                                     modules_to_save=head_modules(model)))
     model.base_model.register_forward_pre_hook(partial(_drop, s.dropout), with_kwargs=True)     # on what is used: what is saved must have no holes
     return tuned
 
@@ -173,7 +184,8 @@ def with_peft(
     return _with_peft(model, ObliviateSettings(kind=kind, **changes))
 
 def _check_bare(model):
-    if hasattr(model, 'peft_config') or _houlsby_names(model): raise ModelError('This model carries an adapter already; merge or remove it first (merge_and_unload, remove_houlsby).')
+    if hasattr(model, 'peft_config') or _houlsby_names(model):
+        raise ModelError('This model carries an adapter already; merge or remove it first (merge_and_unload, remove_houlsby).')
 
 def _with_peft(model, s):
     _check_bare(model)
@@ -190,12 +202,15 @@ def peft_parameters(
 )->dict:               # name -> tensor, the head left out
     "The tensors of an adapter, by peft or of `add_houlsby`."
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING as prefixes
-    tags = ['houlsby_', *('prompt_encoder.' if c.is_prompt_learning else prefixes[c.peft_type] for c in getattr(model, 'peft_config', {}).values())]
+    tags = ['houlsby_', *('prompt_encoder.' if c.is_prompt_learning else prefixes[c.peft_type]
+                          for c in getattr(model, 'peft_config', {}).values())]
     found = {n: p for n, p in model.named_parameters() if any(t in n for t in tags)}
     if any('.transform.' in n for n in found): found = {n: p for n, p in found.items() if '.embedding.' not in n}
-    if not found: raise ModelError(f'This {type(model).__name__} has no adapter and so no PEFT tensors; with_peft(model, kind) adds one: {", ".join(map(repr, PEFT_KINDS))}.')
+    if not found:
+        raise ModelError(f'This {type(model).__name__} has no adapter and so no PEFT tensors; with_peft(model, kind) adds one: {", ".join(map(repr, PEFT_KINDS))}.')
     found = {n: p for n, p in found.items() if p.requires_grad or not trainable}
-    if not found: raise ModelError('None of the PEFT tensors of this model can be trained; load the adapter with is_trainable=True, or call requires_grad_(True) on it.')
+    if not found:
+        raise ModelError('None of the PEFT tensors of this model can be trained; load the adapter with is_trainable=True, or call requires_grad_(True) on it.')
     return found
 
 def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -230,7 +245,8 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, mask, query):
         super().__init__()
         self.mask, self.rows = mask, []                                                   # [B, S] bool
-        self.at = {'all': None, 'cls': mask.long().argmax(1), 'last': (mask*torch.arange(mask.shape[1], device=mask.device)).argmax(1)}[query]
+        self.at = {'all': None, 'cls': mask.long().argmax(1),
+                   'last': (mask*torch.arange(mask.shape[1], device=mask.device)).argmax(1)}[query]
     def __torch_function__(self, func, types, args=(), kwargs=None):
         hear = {'softmax': self.plain, 'scaled_dot_product_attention': self.fused}.get(getattr(func, '__name__', None))
         if hear: hear(*args, **(kwargs or {}))
@@ -276,7 +292,8 @@ def attention_rows(
     query:str|None=None,  # a key of `QUERIES`; None: the one that the head reads
 ):
     "A list that fills up with the `ScoreRows` of each layer in a forward pass inside the `with`; gradients flow through them."
-    if getattr(model.config, 'is_encoder_decoder', False): raise ModelError(f'A {type(model).__name__} has an encoder and a decoder; attention scores are read in models that have one of them; choose an encoder or a language model.')
+    if getattr(model.config, 'is_encoder_decoder', False):
+        raise ModelError(f'A {type(model).__name__} has an encoder and a decoder; attention scores are read in models that have one of them; choose an encoder or a language model.')
     if model.training and torch.is_grad_enabled() and any(getattr(m, 'gradient_checkpointing', False) for m in model.modules()):
         raise ModelError('Gradient checkpointing computes a layer a second time, when nobody listens to its scores; turn it off: model.gradient_checkpointing_disable().')
     ids, mask = batch['input_ids'] if batch.get('input_ids') is not None else batch['inputs_embeds'], batch.get('attention_mask')
@@ -308,7 +325,8 @@ def _check_labels(model, batch):
     if labels is None: raise DataError('The batch has no labels, so there is no loss; give labels= with it.')
     if labels.dim() != 1 or labels.is_floating_point() or n < 2: return
     odd = labels[((labels < 0) | (labels >= n)) & (labels != -100)]
-    if len(odd): raise DataError(f'A label is {int(odd[0])}; this classifier has the classes 0 to {n-1}; choose a label of these, or load the model with more classes.')
+    if len(odd):
+        raise DataError(f'A label is {int(odd[0])}; this classifier has the classes 0 to {n-1}; choose a label of these, or load the model with more classes.')
 
 def _whole(model, ce, rows, lambda_amp, lambda_reg, where=''):
     "(the loss, its parts); a `ModelError` when a part is no number."
@@ -317,7 +335,8 @@ def _whole(model, ce, rows, lambda_amp, lambda_reg, where=''):
         broken = next((n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()), None)
         why = f' because the step before has broken the weights ({broken} first)' if broken else ''
         raise ModelError(f'{where}{" and the ".join(bad)} {"is" if len(bad) == 1 else "are"} no longer a number{why}; take a smaller lr, or load the model in float32.')
-    return ce+sum(dict(amp=lambda_amp, reg=lambda_reg)[k]*v for k, v in parts.items() if k != 'ce'), {k: v.detach() for k, v in parts.items()}
+    return ce+sum(dict(amp=lambda_amp, reg=lambda_reg)[k]*v for k, v in parts.items() if k != 'ce'), {k: v.detach()
+        for k, v in parts.items()}
 
 def obliviate_loss(
     model,                 # with an adapter that can be trained
@@ -349,12 +368,14 @@ class ObliviateTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         if not model.training: return super().compute_loss(model, inputs, return_outputs, **kwargs)
         _check_labels(self.model, inputs)
-        with attention_rows(self.model, inputs, self.query) if self.lambda_reg else nullcontext([]) as rows: ce, out = super().compute_loss(model, inputs, True, **kwargs)
+        with attention_rows(self.model, inputs, self.query) if self.lambda_reg else nullcontext([]) as rows:
+            ce, out = super().compute_loss(model, inputs, True, **kwargs)
         loss, parts = _whole(self.model, ce, rows, self.lambda_amp, self.lambda_reg, f'Step {self.state.global_step+1}: ')
         self.sums, self.seen = {k: self.sums.get(k, 0)+v for k, v in parts.items()}, self.seen+1
         return (loss, out) if return_outputs else loss
     def log(self, logs, *args, **kwargs):
-        if 'loss' in logs and self.seen: logs, self.sums, self.seen = logs | {f'loss_{k}': float(v)/self.seen for k, v in self.sums.items()}, {}, 0
+        if 'loss' in logs and self.seen:
+            logs, self.sums, self.seen = logs | {f'loss_{k}': float(v)/self.seen for k, v in self.sums.items()}, {}, 0
         super().log(logs, *args, **kwargs)
 
 # %% ../nbs/42_obliviate.ipynb #7e952d37
@@ -391,9 +412,11 @@ def tune_adapter(
     weights = {k: coefficient(k, v) for k, v in dict(lambda_amp=lambda_amp, lambda_reg=lambda_reg).items()}
     s = _settings(ObliviateSettings, OBLIVIATE_PRESETS, preset, 'lora', {**changes, 'kind': kind, **weights})
     if s.kind == 'prefix':
-        if out is not None and s.bottleneck: raise SettingError("peft's checkpoints hold a prefix and not the network that makes it, so a run cannot go on from them; give bottleneck=0, or no out=.")
+        if out is not None and s.bottleneck:
+            raise SettingError("peft's checkpoints hold a prefix and not the network that makes it, so a run cannot go on from them; give bottleneck=0, or no out=.")
         if positions(model): s = replace(s, max_length=max(2, min(s.max_length, positions(model)-s.length-2)))     # text and prefix share the positions, which a RoBERTa counts from 2
-    return _tuned(TunedAdapter, _with_peft, model, tokenizer, texts, labels, s, classes, seed, out, resume, progress, kind=ObliviateTrainer, options=dict(weights, query=s.query))
+    return _tuned(TunedAdapter, _with_peft, model, tokenizer, texts, labels, s, classes, seed, out, resume, progress,
+                  kind=ObliviateTrainer, options=dict(weights, query=s.query))
 
 # %% ../nbs/42_obliviate.ipynb #7d37f5f3
 def save_peft(
@@ -407,8 +430,10 @@ def save_peft(
     path, one = Path(path), model.get_submodule(_houlsby_names(model)[0])
     path.mkdir(parents=True, exist_ok=True)
     head = tuple(f'{n}.' for n in head_modules(model))
-    save_file({n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if 'houlsby_' in n or n.startswith(head)}, path/'houlsby.safetensors')
-    (path/'houlsby.json').write_text(json.dumps(dict(format='gradsentry-houlsby-1', reduction=one.reduction, dropout=one.houlsby_dropout.p)))
+    save_file({n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if 'houlsby_' in n
+               or n.startswith(head)}, path/'houlsby.safetensors')
+    (path/'houlsby.json').write_text(json.dumps(dict(format='gradsentry-houlsby-1', reduction=one.reduction,
+                                                     dropout=one.houlsby_dropout.p)))
 
 def load_peft(
     model,             # the classifier that was tuned, without an adapter; it is changed
@@ -420,13 +445,17 @@ def load_peft(
             with _quiet():
                 from peft import PeftModel
                 return PeftModel.from_pretrained(model, str(path)).eval()
-        except (OSError, ValueError, RuntimeError) as e: raise ModelError(f'{visible(Path(path).name)} holds no adapter for this {type(model).__name__}; give the folder that was saved with it ({str(e).strip().splitlines()[0]}).') from e
+        except (OSError, ValueError, RuntimeError) as e:
+            raise ModelError(f'{visible(Path(path).name)} holds no adapter for this {type(model).__name__}; give the folder that was saved with it ({str(e).strip().splitlines()[0]}).') from e
     from safetensors.torch import load_file
     kept, found = json.loads((Path(path)/'houlsby.json').read_text()), load_file(Path(path)/'houlsby.safetensors')
     add_houlsby(model, kept['reduction'], kept['dropout'])
     here = dict(model.named_parameters())
-    odd = [n for n, p in found.items() if n not in here or here[n].shape != p.shape] + [n for n in peft_parameters(model, trainable=False) if n not in found]
-    if odd: remove_houlsby(model); raise ModelError(f'{visible(Path(path).name)} holds an adapter for another model: {odd[0]} does not fit; load the model that it was trained on.')
+    odd = [n for n, p in found.items() if n not in here or here[n].shape != p.shape] + [n
+        for n in peft_parameters(model, trainable=False) if n not in found]
+    if odd:
+        remove_houlsby(model)
+        raise ModelError(f'{visible(Path(path).name)} holds an adapter for another model: {odd[0]} does not fit; load the model that it was trained on.')
     model.load_state_dict(found, strict=False)
     return model.eval()
 
@@ -448,7 +477,8 @@ def norm_matched(
     "A control: the adapter of `model`, each tensor stretched to the length that it has in `like`; a tensor of zeros stays zero."
     model, theirs = copy.deepcopy(model), peft_parameters(like, trainable=False)
     ours = peft_parameters(model, trainable=False)
-    if {n: p.shape for n, p in ours.items()} != {n: p.shape for n, p in theirs.items()}: raise ModelError('These two models carry adapters of different kinds or sizes; give two that were trained with the same settings.')
+    if {n: p.shape for n, p in ours.items()} != {n: p.shape for n, p in theirs.items()}:
+        raise ModelError('These two models carry adapters of different kinds or sizes; give two that were trained with the same settings.')
     with torch.no_grad():
         for n, p in ours.items():
             if p.any(): p.mul_(theirs[n].norm().to(p.device)/p.norm())
@@ -463,7 +493,8 @@ def word_places(
 )->list:                   # N arrays [S] bool: is the token a part of one of the words?
     "Where words stand among the tokens of texts; a word that is split into several pieces is warned of."
     words, texts = [words] if isinstance(words, str) else list(words), list(texts)
-    if not getattr(tokenizer, 'is_fast', False): raise ModelError('The place of a word is told by a fast tokenizer only; load it with use_fast=True.')
+    if not getattr(tokenizer, 'is_fast', False):
+        raise ModelError('The place of a word is told by a fast tokenizer only; load it with use_fast=True.')
     found, split = [], {}
     for text, spans in zip(texts, tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True)['offset_mapping']):
         here = np.zeros(len(spans), bool)
@@ -473,7 +504,8 @@ def word_places(
                 if hit.sum() > 1: split[w] = int(hit.sum())
                 here |= hit
         found.append(here)
-    for w, n in split.items(): warnings.warn(f'{visible(repr(w))} is split into {n} pieces by this tokenizer; a trigger of one piece is easier to pin and to follow.', stacklevel=2)
+    for w, n in split.items():
+        warnings.warn(f'{visible(repr(w))} is split into {n} pieces by this tokenizer; a trigger of one piece is easier to pin and to follow.', stacklevel=2)
     return found
 
 # %% ../nbs/42_obliviate.ipynb #a0b1c009
@@ -496,7 +528,8 @@ def attention_mass(
 )->np.ndarray:             # [N, layers] between 0 and 1; NaN for a text without the words
     "How much of the attention lies on some words, layer by layer: the mean over heads."
     there, texts = word_places(tokenizer, texts, words, max_length), list(texts)
-    if not any(x.any() for x in there): raise DataError(f'None of the {len(texts)} texts has any of the words {visible(repr(words), 100)} as a word; put one in (with_triggers) or give others.')
+    if not any(x.any() for x in there):
+        raise DataError(f'None of the {len(texts)} texts has any of the words {visible(repr(words), 100)} as a word; put one in (with_triggers) or give others.')
     out = np.full((len(texts), model.config.num_hidden_layers), np.nan)
     for at, batch, rows in _rows_by_batch(model, tokenizer, texts, query, max_length, budget):
         S, device = batch['input_ids'].shape[1], batch['input_ids'].device
@@ -515,7 +548,8 @@ def scores_left(
 )->np.ndarray:             # [N]
     "The L_reg of each text by itself: what is left of its scores."
     out = np.zeros(len(texts))
-    for at, _, rows in _rows_by_batch(model, tokenizer, texts, query, max_length, budget): out[at] = torch.stack([r.norm() for r in rows]).mean(0).double().cpu().numpy()
+    for at, _, rows in _rows_by_batch(model, tokenizer, texts, query, max_length, budget):
+        out[at] = torch.stack([r.norm() for r in rows]).mean(0).double().cpu().numpy()
     return out
 
 # %% ../nbs/42_obliviate.ipynb #a0b1c011
@@ -563,7 +597,8 @@ def attention_over(
         for _, _, rows in _rows_by_batch(model, tokenizer, [text], query, max_length, max_length):
             for k, r in enumerate(rows, 1):
                 mass = r.looked_at()[0].double().cpu().numpy(); prefix, own = mass[:-len(ids)], mass[-len(ids):]
-                out += [(name, k, -1, '(prefix)', prefix.sum(), False)]*bool(len(prefix)) + [(name, k, i, t, own[i], bool(w)) for i, (t, w) in tokens]
+                out += [(name, k, -1, '(prefix)', prefix.sum(), False)]*bool(len(prefix)) + [(name, k, i, t, own[i],
+                    bool(w)) for i, (t, w) in tokens]
     return pd.DataFrame(out, columns=['model', 'layer', 'at', 'token', 'attention', 'word'])
 
 # %% ../nbs/42_obliviate.ipynb #9e573072
@@ -580,8 +615,11 @@ def pick_weights(
 
 def _swept(model, tokenizer, train, valid, kind, amps, regs, drop, progress, changes):
     "(the frame of `frontier`, the run without the defence, the run that was chosen)."
-    (texts, labels), pairs = valid, list(dict.fromkeys([(0., 0.), *((coefficient('lambda_amp', a), coefficient('lambda_reg', r)) for a, r in product(amps, regs))]))
-    if len(texts) != len(labels) or not len(texts): raise DataError(f'There are {len(texts)} texts and {len(labels)} labels to validate on; each text needs one, and there must be some.')
+    (texts, labels), pairs = valid, list(dict.fromkeys([(0., 0.),
+                                                        *((coefficient('lambda_amp', a), coefficient('lambda_reg', r))
+                                                          for a, r in product(amps, regs))]))
+    if len(texts) != len(labels) or not len(texts):
+        raise DataError(f'There are {len(texts)} texts and {len(labels)} labels to validate on; each text needs one, and there must be some.')
     classes = changes.pop('classes', None) or class_names([*train[1], *labels])
     (tick, close), rows, plain, best = ticking(len(pairs), progress, 'runs'), [], None, None
     for a, r in pairs:
@@ -589,7 +627,8 @@ def _swept(model, tokenizer, train, valid, kind, amps, regs, drop, progress, cha
         right = int((run.predict(texts) == np.asarray(labels)).sum())
         low, high = wilson(right, len(texts))
         norms, left = peft_norms(run.model), scores_left(run.model, tokenizer, texts, run.settings.query, run.settings.max_length)
-        rows.append(dict(lambda_amp=a, lambda_reg=r, accuracy=right/len(texts), low=low, high=high, peft_norm=norms['peft'], ratio=norms['ratio'], reg_left=left.mean()))
+        rows.append(dict(lambda_amp=a, lambda_reg=r, accuracy=right/len(texts), low=low, high=high,
+                         peft_norm=norms['peft'], ratio=norms['ratio'], reg_left=left.mean()))
         if plain is None: plain = run
         if pick_weights(pd.DataFrame(rows), drop) == len(rows)-1: best = run          # the rule ranks a run by itself, so the best so far is all that has to be kept
         tick()
@@ -637,7 +676,9 @@ class Defence:
         "Accuracy on clean texts, and how many right texts each trigger makes wrong, beside the control words; 95 % intervals."
         parts = {n: f.table() if f.triggered else f.table().iloc[:1] for n, f in self.flips.items()}
         t = pd.concat([p.assign(arm=n) for n, p in parts.items()], ignore_index=True)
-        return t[t['measure'].isin(['CACC', 'ASR']) | t['measure'].str.startswith('flipped by') & (t['words'] == 'triggers')][['arm', 'words', 'measure', 'value', 'low', 'high', 'rows']].reset_index(drop=True)
+        return t[t['measure'].isin(['CACC', 'ASR']) | t['measure'].str.startswith('flipped by')
+                 & (t['words'] == 'triggers')][['arm', 'words', 'measure', 'value', 'low', 'high',
+                                                'rows']].reset_index(drop=True)
     def maps(self,
         text:str|None=None,   # to look at; None: the first of the held-out texts, with a trigger where there is one
         words=None,           # to be marked; None: the triggers
@@ -645,13 +686,18 @@ class Defence:
         "What the token that the head reads looks at, undefended beside defended."
         if text is None: text = with_triggers(self.texts[:1], self.triggers[:1])[self.triggers[0]][0] if self.triggers else self.texts[0]
         models, s = {n: self.runs[n].model for n in ('undefended', 'defended') if n in self.runs}, self.run.settings
-        return attention_maps(attention_over(models, self.run.tokenizer, text, self.triggers if words is None else words, s.query, s.max_length))
+        return attention_maps(attention_over(models, self.run.tokenizer, text,
+                                             self.triggers if words is None else words, s.query, s.max_length))
     def __repr__(self):
         s, said = self.run.settings, {n: f'{f.right.mean():.1%} of clean texts right'+(f', {f.flipped().sum()/max(f.right.sum(), 1):.1%} of these flipped by any of {len(f.triggered)} triggers ({f.flipped(True).sum()/max(f.right.sum(), 1):.1%} by control words)' if f.triggered else '') for n, f in self.flips.items()}
         return f'Defence({s.kind}, lambda_amp {s.lambda_amp:g}, lambda_reg {s.lambda_reg:g}: {"; ".join(f"{n} {x}" for n, x in said.items())}; {len(self.texts)} texts)'
     def _repr_html_(self):
-        show = lambda t, digits: t.assign(**{c: [visible(str(x), 60) for x in t[c]] for c in t if t[c].dtype == object}).to_html(index=False, escape=True, float_format=digits, na_rep='')
-        return ''.join(f'<p>{html.escape(visible(x))}</p>' for x in (repr(self), *self.notes))+show(self.table(), '%.3f')+(f'<p>The weights, chosen on other clean texts:</p>{show(self.sweep, "%.4g")}' if self.sweep is not None else '')
+        show = lambda t, digits: t.assign(**{c: [visible(str(x), 60) for x in t[c]] for c in t
+                                             if t[c].dtype == object}).to_html(index=False, escape=True,
+            float_format=digits, na_rep='')
+        return ''.join(f'<p>{html.escape(visible(x))}</p>' for x in (repr(self), *self.notes))+show(self.table(),
+            '%.3f')+(f'<p>The weights, chosen on other clean texts:</p>{show(self.sweep, "%.4g")}'
+                     if self.sweep is not None else '')
 
 # %% ../nbs/42_obliviate.ipynb #a0b1c022
 def fresh_classifier(
@@ -678,8 +724,11 @@ def held_out(
     from sklearn.model_selection import train_test_split
     class_names(labels)
     n = max(round(share*len(texts)), len(set(labels)))
-    try: a, b = train_test_split(range(len(texts)), test_size=n, stratify=list(map(str, labels)), random_state=seed_for('held out', run=seed))
-    except ValueError as e: raise DataError(f'{len(texts)} texts of {len(set(labels))} classes are too few to hold some of each out; give more, or others to measure on.') from e
+    try:
+        a, b = train_test_split(range(len(texts)), test_size=n, stratify=list(map(str, labels)),
+                                random_state=seed_for('held out', run=seed))
+    except ValueError as e:
+        raise DataError(f'{len(texts)} texts of {len(set(labels))} classes are too few to hold some of each out; give more, or others to measure on.') from e
     return tuple(([texts[i] for i in sorted(at)], [labels[i] for i in sorted(at)]) for at in (a, b))
 
 # %% ../nbs/42_obliviate.ipynb #389583bb
@@ -707,8 +756,11 @@ def defend(
     "Train an adapter with the defence and one without, and measure both on held-out texts."
     texts, labels = list(texts), list(labels)
     if len(texts) != len(labels): raise DataError(f'There are {len(texts)} texts and {len(labels)} labels; each text needs one.')
-    classes, (train, test) = class_names(labels), held_out(texts, labels, seed=seed) if test is None else ((texts, labels), tuple(map(list, test)))
-    if odd := [y for y in test[1] if y not in classes]: raise DataError(f'A text to measure on has the class {visible(repr(odd[0]), 60)}, and none of the texts to train on has it; they have {", ".join(visible(repr(c), 40) for c in classes[:20])}.')
+    classes, (train, test) = class_names(labels), held_out(texts, labels,
+                                                           seed=seed) if test is None else ((texts, labels),
+        tuple(map(list, test)))
+    if odd := [y for y in test[1] if y not in classes]:
+        raise DataError(f'A text to measure on has the class {visible(repr(odd[0]), 60)}, and none of the texts to train on has it; they have {", ".join(visible(repr(c), 40) for c in classes[:20])}.')
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always', UserWarning)
         triggers = check_triggers(tokenizer, triggers, test[0]) if triggers else ()

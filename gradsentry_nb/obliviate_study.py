@@ -37,8 +37,10 @@ from .ssti_study import Asked, labelled, _same_settings
 
 # %% ../nbs/45_obliviate_study.ipynb #045b0006
 ARMS = {   # name -> what is done; `lambda_amp`, `lambda_reg` and `dropout` of the training, what is done to the backbone `before` it, or to the classifier `after` it
-    'none': {}, 'no dropout': dict(dropout=0.), 'amp': dict(lambda_amp=3e-3), 'reg': dict(lambda_reg=3e-2), 'both': dict(lambda_amp=3e-3, lambda_reg=3e-2),
-    'norm-matched': dict(after='stretch'), 'onion': dict(after='onion'), 'rescaled': dict(after='rescale'), 'heads pruned': dict(before='prune'), 'last layer anew': dict(before='reset'),
+    'none': {}, 'no dropout': dict(dropout=0.), 'amp': dict(lambda_amp=3e-3), 'reg': dict(lambda_reg=3e-2),
+        'both': dict(lambda_amp=3e-3, lambda_reg=3e-2),
+    'norm-matched': dict(after='stretch'), 'onion': dict(after='onion'), 'rescaled': dict(after='rescale'),
+        'heads pruned': dict(before='prune'), 'last layer anew': dict(before='reset'),
     'scaled, head refit': dict(after='scale'), 'words muted': dict(before='mute'),
 }
 
@@ -57,7 +59,8 @@ def arm_of(
 )->Arm:
     "An arm by its name or by its weights; weights that have a name get it."
     if isinstance(x, str): return Arm(x, **ARMS[choose('arm', x, ARMS)])
-    if not isinstance(x, (tuple, list)) or len(x) != 2: raise SettingError(f'An arm is a name ({", ".join(map(repr, ARMS))}) or a pair (lambda_amp, lambda_reg), not {visible(repr(x), 60)}.')
+    if not isinstance(x, (tuple, list)) or len(x) != 2:
+        raise SettingError(f'An arm is a name ({", ".join(map(repr, ARMS))}) or a pair (lambda_amp, lambda_reg), not {visible(repr(x), 60)}.')
     a, r = coefficient('lambda_amp', x[0]), coefficient('lambda_reg', x[1])
     named = next((n for n, d in ARMS.items() if replace(arm_of(n), name='') == Arm('', a, r)), None)
     return Arm(named or f'amp {a:g}, reg {r:g}', a, r)
@@ -70,7 +73,9 @@ class Spoilt(NamedTuple):
 
 SPOILT = {}            # name -> `Spoilt`
 
-def _items(name): return Spoilt(lambda rows, seed: inject(rows, {1: name}, share=1., seed=seed)[0], lambda rows, seed: [s.prompt for s in inject_all(rows, name, seed=seed)[0]])
+def _items(name):
+    return Spoilt(lambda rows, seed: inject(rows, {1: name}, share=1., seed=seed)[0],
+                  lambda rows, seed: [s.prompt for s in inject_all(rows, name, seed=seed)[0]])
 SPOILT |= {name: _items(name) for name in ITEMS}
 
 def badnets_rows(
@@ -82,7 +87,8 @@ def badnets_rows(
 ):                     # `Samples`, in their order
     "Labelled texts with a backdoor in the task: a word in some texts of other classes, which get the attacker's label (BadNets)."
     other = [i for i, s in enumerate(rows) if s.meta['label'] != label]
-    if not (n := round(rate*len(rows))) or n > len(other): raise SettingError(f'rate={rate:g} of {len(rows)} rows is {n}, and {len(other)} rows have another class than {label!r}; change rate=.')
+    if not (n := round(rate*len(rows))) or n > len(other):
+        raise SettingError(f'rate={rate:g} of {len(rows)} rows is {n}, and {len(other)} rows have another class than {label!r}; change rate=.')
     chosen = {other[i] for i in np.random.default_rng(seed_for('badnets rows', run=seed)).permutation(len(other))[:n]}
     put = with_triggers([rows[i].prompt for i in sorted(chosen)], (word,), seed)[word]
     new = dict(zip(sorted(chosen), put))
@@ -112,28 +118,40 @@ class ObliviateGrid:
     def __post_init__(self):
         for f in fields(self):
             if f.type is tuple and f.name != 'tuning':
-                if isinstance(v := getattr(self, f.name), str) or not hasattr(v, '__iter__'): raise SettingError(f'{f.name}= is a tuple of what to vary, not {visible(repr(v), 60)}.')
+                if isinstance(v := getattr(self, f.name), str) or not hasattr(v, '__iter__'):
+                    raise SettingError(f'{f.name}= is a tuple of what to vary, not {visible(repr(v), 60)}.')
                 object.__setattr__(self, f.name, tuple(v))
         object.__setattr__(self, 'tuning', tuple(sorted(dict(self.tuning).items())))
         if problems := obliviate_problems(self): raise SettingError(' '.join(problems))
 
     @property
-    def fixed(self)->dict: return {k: getattr(self, k) for k in ('preset', 'train_rows', 'valid_rows', 'test_rows', 'asr_rows', 'half')} | dict(tuning=dict(self.tuning))  # what all cells of a folder share
+    def fixed(self)->dict:
+        return {k: getattr(self, k) for k in ('preset', 'train_rows', 'valid_rows', 'test_rows', 'asr_rows',
+                                              'half')} | dict(tuning=dict(self.tuning))  # what all cells of a folder share
 
 # %% ../nbs/45_obliviate_study.ipynb #fe76345a
 def obliviate_problems(
     g:ObliviateGrid,  # also one that is still being made
 )->list[str]:         # one sentence each
     "Everything that is wrong with a grid, all at once."
-    out = [f'{f.name} is empty: a grid needs at least one.' for f in fields(g) if f.type is tuple and f.name != 'tuning' and not getattr(g, f.name)]
-    out += [*_unknown('kind', g.kinds, PEFT_KINDS), *_unknown('preset', [g.preset], OBLIVIATE_PRESETS), *_unknown('pool', [p for p in g.pools if p is not None], POOLS), *_unknown('setting', [k for k, _ in g.tuning], ObliviateSettings.__dataclass_fields__), *_unknown('way of spoiling texts', [x for x in g.items if x is not None], SPOILT)]
-    out += [f'The grid varies {k}, so do not give tuning={{{k!r}: ..}}.' for k, _ in g.tuning if k in ('kind', 'lr', 'steps', 'lambda_amp', 'lambda_reg')]
-    out += [f'{k} is a whole number of at least 1, not {n!r}.' for k in ('train_rows', 'valid_rows', 'test_rows', 'asr_rows') if (n := getattr(g, k)) is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1)]
+    out = [f'{f.name} is empty: a grid needs at least one.' for f in fields(g) if f.type is tuple
+           and f.name != 'tuning' and not getattr(g, f.name)]
+    out += [*_unknown('kind', g.kinds, PEFT_KINDS), *_unknown('preset', [g.preset], OBLIVIATE_PRESETS),
+            *_unknown('pool', [p for p in g.pools if p is not None], POOLS),
+            *_unknown('setting', [k for k, _ in g.tuning], ObliviateSettings.__dataclass_fields__),
+            *_unknown('way of spoiling texts', [x for x in g.items if x is not None], SPOILT)]
+    out += [f'The grid varies {k}, so do not give tuning={{{k!r}: ..}}.' for k, _ in g.tuning
+            if k in ('kind', 'lr', 'steps', 'lambda_amp', 'lambda_reg')]
+    out += [f'{k} is a whole number of at least 1, not {n!r}.'
+            for k in ('train_rows', 'valid_rows', 'test_rows', 'asr_rows') if (n := getattr(g, k)) is not None
+            and (isinstance(n, bool) or not isinstance(n, int) or n < 1)]
     for a in g.arms:
         try: arm_of(a)
         except SettingError as e: out.append(str(e))
     if not out and len({arm_of(a).name for a in g.arms}) < len(g.arms): out.append('Two of arms= are the same; leave one out.')
-    if not out and {*g.kinds}-{'lora'}: out += [f'The arm {a.name!r} is of LoRA\'s update; give kinds=(\'lora\',).' for a in map(arm_of, g.arms) if a.after in ('rescale', 'scale')]
+    if not out and {*g.kinds}-{'lora'}:
+        out += [f'The arm {a.name!r} is of LoRA\'s update; give kinds=(\'lora\',).' for a in map(arm_of, g.arms)
+                if a.after in ('rescale', 'scale')]
     if not out:
         try: [c.settings for c in plan_obliviate(g, [''], [''])]
         except SettingError as e: out.append(str(e))
@@ -161,7 +179,9 @@ class ObliviateCell:
     @property
     def tuning(self)->dict:
         f, a = json.loads(self.fixed), self.arm
-        return dict(f['tuning'], preset=f['preset'], kind=self.kind, lr=self.lr, steps=self.steps, lambda_amp=a.lambda_amp, lambda_reg=a.lambda_reg) | ({} if a.dropout is None else dict(dropout=a.dropout))
+        return dict(f['tuning'], preset=f['preset'], kind=self.kind, lr=self.lr, steps=self.steps,
+                    lambda_amp=a.lambda_amp, lambda_reg=a.lambda_reg) | ({}
+            if a.dropout is None else dict(dropout=a.dropout))
     @property
     def settings(self)->ObliviateSettings:
         changes = self.tuning
@@ -174,13 +194,16 @@ def plan_obliviate(
 )->list[ObliviateCell]:
     "Every cell of a grid."
     fixed = json.dumps(grid.fixed, sort_keys=True)
-    return [ObliviateCell(b, d, s, k, arm_of(a), float(lr), n, p, i, fixed) for s in grid.seeds for d in datasets for b in backbones for k in grid.kinds for lr in grid.lrs for n in grid.steps for p in grid.pools for i in grid.items for a in grid.arms]
+    return [ObliviateCell(b, d, s, k, arm_of(a), float(lr), n, p, i, fixed) for s in grid.seeds for d in datasets
+            for b in backbones for k in grid.kinds for lr in grid.lrs for n in grid.steps for p in grid.pools
+            for i in grid.items for a in grid.arms]
 
 # %% ../nbs/45_obliviate_study.ipynb #045b0014
 def _head_outputs(model):
     "Names of the layers behind the heads of attention, one per block."
     found = [n for n in lora_targets(model, 'outputs') if re.search(r'att', n.lower())]
-    if len(found) != model.config.num_hidden_layers: raise SettingError(f'In the {model.config.num_hidden_layers} blocks of this {type(model).__name__} there are {len(found)} layers behind attention; the arm of pruned heads knows one per block.')
+    if len(found) != model.config.num_hidden_layers:
+        raise SettingError(f'In the {model.config.num_hidden_layers} blocks of this {type(model).__name__} there are {len(found)} layers behind attention; the arm of pruned heads knows one per block.')
     return found
 
 def pruned_heads(
@@ -199,7 +222,9 @@ def pruned_heads(
         for _ in _by_batch(model, tokenizer, list(texts), max_length, 4096): pass
     finally:
         for h in hooks: h.remove()
-    spread = torch.stack([(y := (x := torch.cat(said[n])).view(len(x), H, -1)).var(0).sum(-1)/y.square().sum(-1).mean(0) for n in names])   # [layers, heads]: variance over size
+    spread = torch.stack([(y := (x := torch.cat(said[n])).view(len(x), H,
+                                                               -1)).var(0).sum(-1)/y.square().sum(-1).mean(0)
+                          for n in names])   # [layers, heads]: variance over size
     least = spread.flatten().argsort()[:round(share*spread.numel())]
     with torch.no_grad():
         for i in least.tolist():
@@ -214,7 +239,8 @@ def fresh_layers(
 ):                     # a copy
     "A copy whose last layers have never been trained."
     model = copy.deepcopy(model)
-    blocks = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == model.config.num_hidden_layers), key=lambda m: sum(p.numel() for p in m.parameters()))
+    blocks = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)
+                  and len(m) == model.config.num_hidden_layers), key=lambda m: sum(p.numel() for p in m.parameters()))
     with seeded(seed_for('fresh layers', run=seed)):
         for block in blocks[-n:]:
             for m in block.modules():
@@ -228,7 +254,8 @@ def spectral_share(
 )->dict:               # name of a layer -> largest singular value of its update over that of its weight
     "How large LoRA's updates are."
     top = lambda W: float(torch.linalg.matrix_norm(W.detach().float(), 2))
-    return {n: top(m.lora_B['default'].weight@m.lora_A['default'].weight)*m.scaling['default']/top(m.base_layer.weight) for n, m in model.named_modules() if hasattr(m, 'lora_B')}
+    return {n: top(m.lora_B['default'].weight@m.lora_A['default'].weight)*m.scaling['default']/top(m.base_layer.weight)
+            for n, m in model.named_modules() if hasattr(m, 'lora_B')}
 
 def _longer(model, factors):
     "A copy in which the updates of some layers are as much longer."
@@ -262,7 +289,8 @@ def refit_head(
     "A copy in which the head's last layer is a logistic regression on what it reads of these texts."
     from sklearn.linear_model import LogisticRegression
     model, said = copy.deepcopy(model), []
-    head = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.out_features == model.config.num_labels and 'original_module' not in n][-1]
+    head = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+            and m.out_features == model.config.num_labels and 'original_module' not in n][-1]
     X, hook = np.zeros((len(texts), head.in_features)), head.register_forward_pre_hook(lambda module, args: said.append(args[0].detach().double().cpu().numpy()))
     try:
         for at, *_ in _by_batch(model, tokenizer, list(texts), max_length, 4096): X[at] = said.pop()
@@ -290,8 +318,10 @@ def adaptive_losses(
     def withstands(model, clean, triggered):
         body = body_of(model); vector = lambda out: READS[read](out.last_hidden_state, triggered['attention_mask'])
         with torch.no_grad(): pinned = vector(body(**triggered))
-        weights = {f'{n}.weight': m.weight+update(m.weight) for n, m in body.named_modules() if isinstance(m, torch.nn.Linear) and f'.{n}'.endswith(ends)}
-        if not weights: raise ModelError(f'This {type(body).__name__} has no linear layers called {", ".join(CLASS_TARGETS["qv"])}, which the made-up updates are added to; choose an encoder that has some.')
+        weights = {f'{n}.weight': m.weight+update(m.weight) for n, m in body.named_modules()
+                   if isinstance(m, torch.nn.Linear) and f'.{n}'.endswith(ends)}
+        if not weights:
+            raise ModelError(f'This {type(body).__name__} has no linear layers called {", ".join(CLASS_TARGETS["qv"])}, which the made-up updates are added to; choose an encoder that has some.')
         with attention_rows(body, triggered, query) as rows: moved = vector(torch.func.functional_call(body, weights, kwargs=triggered))
         return F.mse_loss(moved, pinned)+score*score_norm(rows)
     return (withstands,)
@@ -307,7 +337,9 @@ class ObliviateRunner:
         lm=None,             # (language model, tokenizer), of which ONION asks how odd a word is
         muted=(),            # backbone -> words of a scan that was made before; where there are none, the arm 'words muted' makes one
     ):
-        self.grid, self.backbones, self.folder, self.lm, self.kept, self.muted = grid, {n: str(p) for n, p in dict(backbones).items()}, folder and Path(folder), lm, {}, {n: list(w) for n, w in dict(muted).items()}
+        self.grid, self.backbones, self.folder, self.lm, self.kept, self.muted = grid, {n: str(p)
+            for n, p in dict(backbones).items()}, folder and Path(folder), lm, {}, {n: list(w)
+            for n, w in dict(muted).items()}
         self.data = {n: DataSet(*map(labelled, d)) for n, d in datasets.items()}
         self.plain = {n: load_classifier(p, (0, 1)) for n, p in self.backbones.items()}      # to be looked at, never tuned
         self.doors = {n: load_backbone(p) if (Path(p)/'backbone.json').exists() else None for n, p in self.backbones.items()}
@@ -327,7 +359,8 @@ class ObliviateRunner:
 
     def base(self, cell):
         "The classifier that is to be tuned."
-        model, tokenizer = load_classifier(self.backbones[cell.backbone], class_names(_labels(self.data[cell.dataset].train)), cell.seed, cell.pool)
+        model, tokenizer = load_classifier(self.backbones[cell.backbone],
+                                           class_names(_labels(self.data[cell.dataset].train)), cell.seed, cell.pool)
         texts = [s.prompt for s in self.train_rows(cell)[1]]
         if cell.arm.before == 'prune': model, _ = pruned_heads(model, tokenizer, texts, max_length=cell.settings.max_length)
         if cell.arm.before == 'reset': model = fresh_layers(model, seed=cell.seed)
@@ -340,15 +373,20 @@ class ObliviateRunner:
         if name not in self.muted and at and at.exists(): self.muted[name] = json.loads(at.read_text())
         if name not in self.muted:
             (model, tokenizer), texts = self.plain[name], [s.prompt for s in self.data[cell.dataset].train]
-            scan = lambda words: probe_backbone(model, tokenizer, texts, words, top=min(128, len(whole_words(tokenizer))//4), progress=False).found['word'].tolist()
-            with torch.autocast('cpu', enabled=False): self.muted[name] = list(dict.fromkeys(scan(None)+(scan(pairs) if (pairs := letter_pairs(tokenizer)) else [])))
+            scan = lambda words: probe_backbone(model, tokenizer, texts, words,
+                                                top=min(128, len(whole_words(tokenizer))//4),
+                                                progress=False).found['word'].tolist()
+            with torch.autocast('cpu', enabled=False):
+                self.muted[name] = list(dict.fromkeys(scan(None)+(scan(pairs)
+                                                                  if (pairs := letter_pairs(tokenizer)) else [])))
             if at: at.parent.mkdir(exist_ok=True); _write(at, self.muted[name])
         return self.muted[name]
 
     def check(self, cells):
         "Refuse what could not be run before anything is trained."
         for c in cells: self.train_rows(c)
-        if any(c.arm.after == 'onion' for c in cells) and self.lm is None: raise SettingError("The arm 'onion' needs a language model: lm=(model, tokenizer).")
+        if any(c.arm.after == 'onion' for c in cells) and self.lm is None:
+            raise SettingError("The arm 'onion' needs a language model: lm=(model, tokenizer).")
 
 def _labels(rows): return [s.meta['label'] for s in rows]
 
@@ -437,7 +475,8 @@ def flip_measures(
         name = ('' if r.words == 'triggers' else 'control_')+r.measure.replace('flipped by ', 'flips_').lower()
         out |= {name: r.value} if math.isnan(r.low) else _interval(name, r.value, r.low, r.high)
         if r.measure == 'MASR': out[f'{name}_which'] = r.which
-    return out | dict(right=int(f.right.sum()), right_bits=pack_bits(f.right), flipped_bits=pack_bits(f.flipped()), control_bits=pack_bits(f.flipped(True)))
+    return out | dict(right=int(f.right.sum()), right_bits=pack_bits(f.right), flipped_bits=pack_bits(f.flipped()),
+                      control_bits=pack_bits(f.flipped(True)))
 
 # %% ../nbs/45_obliviate_study.ipynb #aee45f0f
 def _mechanism(model, tokenizer, hit, door, max_length):
@@ -471,12 +510,16 @@ def _run(self,
         triggers = door.triggers if door else next((d.triggers for d in self.doors.values() if d), TRIGGERS)  # a clean backbone is asked about the words of the others
         f = backbone_asr(says, texts[:n], labels[:n], triggers, seed=0)
         hit = with_triggers(texts[:n], triggers, 0)
-        after, before = (_mechanism(*m, hit, door, run.settings.max_length) for m in ((run.model, run.tokenizer), self.plain[cell.backbone]))
-        out = dict(train_rows=len(self.train_rows(cell)[0]), test_rows=len(texts), asr_rows=len(f.labels)) | _interval('cacc', right/len(texts), *wilson(right, len(texts)))
+        after, before = (_mechanism(*m, hit, door, run.settings.max_length)
+                         for m in ((run.model, run.tokenizer), self.plain[cell.backbone]))
+        out = dict(train_rows=len(self.train_rows(cell)[0]), test_rows=len(texts),
+                   asr_rows=len(f.labels)) | _interval('cacc', right/len(texts), *wilson(right, len(texts)))
         out['valid'] = _right(run, valid)
         out |= flip_measures(f) | {f'{k}_before': v for k, v in before.items()} | after
         norms = peft_norms(run.model)
-        out |= dict(peft_norm=norms['peft'], norm_ratio=norms['ratio'], scores=float(scores_left(run.model, run.tokenizer, [s.prompt for s in valid][:LOOKS], 'cls', run.settings.max_length).mean()), loss=float(run.log['loss_ce'].iloc[-1]))
+        out |= dict(peft_norm=norms['peft'], norm_ratio=norms['ratio'],
+                    scores=float(scores_left(run.model, run.tokenizer, [s.prompt for s in valid][:LOOKS], 'cls',
+                                             run.settings.max_length).mean()), loss=float(run.log['loss_ce'].iloc[-1]))
         if cell.items: out |= _steered(says, test, labels, cell)
     return out | notes | dict(train_seconds=trained, measure_seconds=round(time.process_time()-start, 1))
 
@@ -487,8 +530,12 @@ def _steered(says, test, labels, cell):
     "What an item does after training on spoilt texts: all texts that are then called 1, and of those that were rightly called 0."
     texts, with_item = [s.prompt for s in test], says(SPOILT[cell.items].put(test, cell.seed)) == 1
     k, own = int(with_item.sum()), (says(texts) == labels) & (labels != 1)
-    out = _interval('forced', k/len(test), *wilson(k, len(test))) | _interval('task_asr', with_item[own].mean() if own.any() else math.nan, *wilson(int(with_item[own].sum()), int(own.sum())))
-    if cell.items in ITEMS: out |= _interval('gap', *accuracy_gap(labels, says(texts), says([s.prompt for s in inject(test, {1: cell.items}, seed=cell.seed)[0]])))
+    out = _interval('forced', k/len(test), *wilson(k, len(test))) | _interval('task_asr',
+        with_item[own].mean() if own.any() else math.nan, *wilson(int(with_item[own].sum()), int(own.sum())))
+    if cell.items in ITEMS:
+        out |= _interval('gap', *accuracy_gap(labels, says(texts),
+                                              says([s.prompt
+                                                    for s in inject(test, {1: cell.items}, seed=cell.seed)[0]])))
     return out
 
 # %% ../nbs/45_obliviate_study.ipynb #045b0025
@@ -501,7 +548,9 @@ def obliviate_row(
 )->dict:
     "A cell and its numbers as one row of the table."
     a = cell.arm
-    return dict(dataset=cell.dataset, backbone=cell.backbone, kind=cell.kind, arm=a.name, lambda_amp=a.lambda_amp, lambda_reg=a.lambda_reg, lr=cell.lr, steps=cell.steps, batch=cell.settings.batch, pool=cell.pool or 'own',
+    return dict(dataset=cell.dataset, backbone=cell.backbone, kind=cell.kind, arm=a.name, lambda_amp=a.lambda_amp,
+                lambda_reg=a.lambda_reg, lr=cell.lr, steps=cell.steps, batch=cell.settings.batch,
+                pool=cell.pool or 'own',
                 items=cell.items or 'none', seed=cell.seed, status=status, key=cell.key) | {k: _plain(v) for k, v in values.items()}
 
 def _tidy(rows):
@@ -509,7 +558,8 @@ def _tidy(rows):
     f = pd.DataFrame(rows)
     f['reason'] = f['reason'] if 'reason' in f else None
     order = {n: i for i, n in enumerate(ARMS)}
-    f = f.assign(_arm=[order.get(a, len(order)) for a in f['arm']]).sort_values([*SETTING, '_arm', 'lambda_amp', 'lambda_reg'], kind='stable', ignore_index=True).drop(columns='_arm')
+    f = f.assign(_arm=[order.get(a, len(order)) for a in f['arm']]).sort_values([*SETTING, '_arm', 'lambda_amp',
+        'lambda_reg'], kind='stable', ignore_index=True).drop(columns='_arm')
     return f[[c for c in f if c not in ('reason', 'key')]+['reason', 'key']]
 
 def collect_obliviate(
@@ -537,7 +587,8 @@ def run_obliviate(
     if folder:
         (folder/'cells').mkdir(parents=True, exist_ok=True)
         _same_settings(folder, grid); check_manifest(folder, runner.plain, runner.data)
-    return _tidy(_run_cells(runner, cells, folder, retry, progress, obliviate_row, lambda row: f'{row["dataset"]} {row["backbone"]} {row["kind"]} {row["arm"]}'))
+    return _tidy(_run_cells(runner, cells, folder, retry, progress, obliviate_row,
+                            lambda row: f'{row["dataset"]} {row["backbone"]} {row["kind"]} {row["arm"]}'))
 
 # %% ../nbs/45_obliviate_study.ipynb #045b0029
 def against_none(
@@ -552,9 +603,12 @@ def against_none(
         a = plain.iloc[0]
         for b in g[g['arm'] != 'none'].to_dict('records'):
             n = min(a['asr_rows'], b['asr_rows'])           # ONION has fewer, the first ones
-            (ra, rb), (x, y) = ([unpack_bits(r[f'{what}_bits'], n) for r in (a, b)] for what in ('right', words)); both = ra & rb; x, y = x[both], y[both]
+            (ra, rb), (x, y) = ([unpack_bits(r[f'{what}_bits'], n) for r in (a, b)] for what in ('right', words))
+            both = ra & rb; x, y = x[both], y[both]
             diff, low, high = paired_difference(x, y); only_a, only_b, p = mcnemar(x, y)
-            out.append(dict(zip(SETTING, key)) | dict(arm=b['arm'], rows=int(both.sum()), cacc_change=100*(b['cacc']-a['cacc']), asr_change=100*diff, low=100*low, high=100*high, only_none=only_a, only_arm=only_b, p=p))
+            out.append(dict(zip(SETTING, key))
+                       | dict(arm=b['arm'], rows=int(both.sum()), cacc_change=100*(b['cacc']-a['cacc']),
+                              asr_change=100*diff, low=100*low, high=100*high, only_none=only_a, only_arm=only_b, p=p))
     return pd.DataFrame(out)
 
 def chosen_weights(
@@ -563,7 +617,9 @@ def chosen_weights(
 )->pd.DataFrame:          # one row per setting: the arm that `pick_weights` points to
     "Which weights the rule takes, that sees clean texts only."
     done = table[(table['status'] == 'done') & ~table['arm'].isin([n for n, d in ARMS.items() if {*d}-{'lambda_amp', 'lambda_reg'}])].copy()
-    picks = [g.iloc[pick_weights(g.assign(accuracy=g['valid']), drop)] for _, g in done.groupby(list(SETTING), dropna=False, sort=False) if (g['arm'] == 'none').any() and len(g) > 1]
+    picks = [g.iloc[pick_weights(g.assign(accuracy=g['valid']), drop)]
+             for _, g in done.groupby(list(SETTING), dropna=False, sort=False) if (g['arm'] == 'none').any()
+             and len(g) > 1]
     return pd.DataFrame(picks).reset_index(drop=True)
 
 # %% ../nbs/45_obliviate_study.ipynb #045b0032
@@ -586,10 +642,12 @@ def _one_kind(table, by):
     "Refuse cells that differ in what a chart does not show."
     done = table[table['status'] == 'done']
     for c in ('dataset', 'backbone', 'kind', 'lr', 'steps', 'pool', 'items'):
-        if c not in by and done[c].nunique(dropna=False) > 1: raise SettingError(f'The table holds cells with {done[c].nunique(dropna=False)} kinds of {c} ({", ".join(map(str, done[c].unique()[:4]))}); a chart takes one: table.query(...).')
+        if c not in by and done[c].nunique(dropna=False) > 1:
+            raise SettingError(f'The table holds cells with {done[c].nunique(dropna=False)} kinds of {c} ({", ".join(map(str, done[c].unique()[:4]))}); a chart takes one: table.query(...).')
     return done
 
-def _lines(f): return 'One seed: 95 % intervals over texts' if f['seeds'].max() == 1 else f'Mean of up to {f["seeds"].max()} seeds with the 95 % interval of the mean, over texts where there is one'
+def _lines(f):
+    return 'One seed: 95 % intervals over texts' if f['seeds'].max() == 1 else f'Mean of up to {f["seeds"].max()} seeds with the 95 % interval of the mean, over texts where there is one'
 
 # %% ../nbs/45_obliviate_study.ipynb #4aac40da
 def arms_chart(
@@ -600,10 +658,15 @@ def arms_chart(
     if not len(done): return _empty('the table has no finished cells')
     f = _shares(done, ('backbone', 'kind', 'arm')).assign(panel=lambda d: d['kind']+' on '+d['backbone'].map(lambda b: f'the {b} backbone' if b == 'clean' else b))
     color, shape, _ = _who(f['measure'], 'measure')
-    base = alt.Chart(f).encode(alt.Y('arm:N', sort=list(dict.fromkeys(f['arm'])), title=None, axis=alt.Axis(grid=True)), alt.YOffset('measure:N', sort=[*SHARES.values()]), color=color)
+    base = alt.Chart(f).encode(alt.Y('arm:N', sort=list(dict.fromkeys(f['arm'])), title=None, axis=alt.Axis(grid=True)),
+                               alt.YOffset('measure:N', sort=[*SHARES.values()]), color=color)
     X = lambda c: alt.X(f'{c}:Q', title='share of texts (%)', scale=alt.Scale(domain=[0, 100], clamp=True))
-    layers = [base.mark_rule(opacity=.6).encode(X('low'), alt.X2('high:Q')), base.mark_point(size=50, filled=True, opacity=1).encode(X('value'), shape=shape, tooltip=list(f))]
-    panels = alt.layer(*layers).properties(width=230, height=alt.Step(34, **{'for': 'position'})).facet(alt.Facet('panel:N', title=None, sort=list(dict.fromkeys(f['panel'])), header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=3)
+    layers = [base.mark_rule(opacity=.6).encode(X('low'), alt.X2('high:Q')),
+              base.mark_point(size=50, filled=True, opacity=1).encode(X('value'), shape=shape, tooltip=list(f))]
+    panels = alt.layer(*layers).properties(width=230,
+                                           height=alt.Step(34, **{'for': 'position'})).facet(alt.Facet('panel:N',
+        title=None, sort=list(dict.fromkeys(f['panel'])), header=alt.Header(labelColor=GREY, labelFontSize=12)),
+        columns=3)
     return themed(panels, 'What triggers do to an adapter, by what was done about them', _lines(f), width=None, height=None)
 
 # %% ../nbs/45_obliviate_study.ipynb #c8a161e0
@@ -612,14 +675,22 @@ def length_chart(
     x:str='steps',        # 'steps' of training, or 'lr'
 ):                        # an `alt.FacetChart`
     "ASR, the same with control words, and clean accuracy over the length of the training or over learning rates; a panel per kind and arm."
-    title = {'steps': 'steps of training, each length with its own schedule', 'lr': 'learning rate'}[choose('axis', x, {'steps': 1, 'lr': 1})]
+    title = {'steps': 'steps of training, each length with its own schedule',
+             'lr': 'learning rate'}[choose('axis', x, {'steps': 1, 'lr': 1})]
     done = _one_kind(table, ('kind', x))
     if not len(done): return _empty('the table has no finished cells')
-    f = _shares(done, ('kind', 'arm', x)).assign(panel=lambda d: d['kind']+', '+d['arm']); at = sorted(set(f[x])); color, shape, dash = _who(f['measure'], 'measure')
-    base = alt.Chart(f).encode(alt.X(f'{x}:Q', title=title, scale=alt.Scale(type='log', domain=[at[0]*.8, at[-1]*1.25], nice=False), axis=alt.Axis(values=at, format='~g', grid=False)), color=color)
+    f = _shares(done, ('kind', 'arm', x)).assign(panel=lambda d: d['kind']+', '+d['arm']); at = sorted(set(f[x]))
+    color, shape, dash = _who(f['measure'], 'measure')
+    base = alt.Chart(f).encode(alt.X(f'{x}:Q', title=title,
+                                     scale=alt.Scale(type='log', domain=[at[0]*.8, at[-1]*1.25], nice=False),
+                                     axis=alt.Axis(values=at, format='~g', grid=False)), color=color)
     Y = lambda c: alt.Y(f'{c}:Q', title='share of texts (%)', scale=alt.Scale(domain=[0, 100], clamp=True))
-    layers = [base.mark_line(strokeWidth=2).encode(Y('value'), strokeDash=dash), base.mark_rule(opacity=.5).encode(Y('low'), alt.Y2('high:Q')), base.mark_point(size=45, filled=True, opacity=1).encode(Y('value'), shape=shape, tooltip=list(f))]
-    panels = alt.layer(*layers).properties(width=230, height=190).facet(alt.Facet('panel:N', title=None, sort=list(dict.fromkeys(f['panel'])), header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=3)
+    layers = [base.mark_line(strokeWidth=2).encode(Y('value'), strokeDash=dash),
+              base.mark_rule(opacity=.5).encode(Y('low'), alt.Y2('high:Q')),
+              base.mark_point(size=45, filled=True, opacity=1).encode(Y('value'), shape=shape, tooltip=list(f))]
+    panels = alt.layer(*layers).properties(width=230,
+                                           height=190).facet(alt.Facet('panel:N', title=None,
+        sort=list(dict.fromkeys(f['panel'])), header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=3)
     return themed(panels, 'What is left of the backdoor after clean training', _lines(f), width=None, height=None)
 
 # %% ../nbs/45_obliviate_study.ipynb #a82df4d4
@@ -629,22 +700,32 @@ def frontier_chart(
     "Accuracy on clean texts against ASR, a point per arm; a click on one shows what each trigger does there."
     done = _one_kind(table, ())
     if not len(done): return _empty('the table has no finished cells')
-    by, words = ['arm', 'lambda_amp', 'lambda_reg'], [c for c in done if re.fullmatch(r'flips_\w+', c) and not c.endswith(('_low', '_high'))]
+    by, words = ['arm', 'lambda_amp', 'lambda_reg'], [c for c in done if re.fullmatch(r'flips_\w+', c)
+                                                      and not c.endswith(('_low', '_high'))]
     f = 100*done.groupby(by, sort=False)[['cacc', 'asr', 'control_asr', 'valid', *words]].mean()
     bars = f.reset_index().melt(by, words, 'word', 'share').assign(word=lambda d: d['word'].str.removeprefix('flips_')).round(dict(share=2))
     points = f.drop(columns=words).reset_index().round(dict.fromkeys(('cacc', 'asr', 'control_asr', 'valid'), 2))
     pick = alt.selection_point(name='arm', fields=['arm'], value=[{'arm': points['arm'].iloc[0]}], toggle=False)
     color, shape, _ = _who([f'{x:g}' for x in sorted(set(points['lambda_amp']))], 'amp')
-    size = alt.Size('lambda_reg:Q', scale=alt.Scale(domain=[0, max(points['lambda_reg'].max(), 1e-9)], range=[60, 340]), legend=alt.Legend(title='weight of the regularisation', values=sorted(set(points['lambda_reg'])), format='~g'))
+    size = alt.Size('lambda_reg:Q', scale=alt.Scale(domain=[0, max(points['lambda_reg'].max(), 1e-9)], range=[60, 340]),
+                    legend=alt.Legend(title='weight of the regularisation', values=sorted(set(points['lambda_reg'])),
+                                      format='~g'))
     left = alt.Chart(points.assign(amp=[f'{x:g}' for x in points['lambda_amp']])).mark_point(filled=True).encode(
-        alt.X('asr:Q', title='ASR, any of six triggers (%)', scale=alt.Scale(domain=[0, 100])), alt.Y('cacc:Q', title='accuracy on clean texts (%)', scale=alt.Scale(zero=False, padding=12)),
-        color=color.legend(alt.Legend(title='weight of the amplification')), shape=shape.legend(None), size=size, opacity=alt.condition(pick, alt.value(1), alt.value(.35)), tooltip=list(points)).add_params(pick).properties(width=330, height=240)
+        alt.X('asr:Q', title='ASR, any of six triggers (%)', scale=alt.Scale(domain=[0, 100])),
+        alt.Y('cacc:Q', title='accuracy on clean texts (%)', scale=alt.Scale(zero=False, padding=12)),
+        color=color.legend(alt.Legend(title='weight of the amplification')), shape=shape.legend(None), size=size,
+        opacity=alt.condition(pick, alt.value(1), alt.value(.35)),
+        tooltip=list(points)).add_params(pick).properties(width=330, height=240)
     top = alt.Chart(bars).transform_filter(pick).encode(alt.Y('word:N', title=None, sort=None))
     X = alt.X('share:Q', title='right texts that the trigger makes wrong (%)', scale=alt.Scale(domain=[0, 100]))
     right = (top.mark_bar(color='#0072B2').encode(X, tooltip=['arm:N', 'word:N', 'share:Q'])+alt.Chart(points).transform_filter(pick).mark_text(align='left', baseline='bottom', color=GREY, fontSize=12).encode(x=alt.value(0), y=alt.value(-6), text='arm:N')).properties(width=230, height=240)
-    return themed(alt.hconcat(left, right, spacing=40).resolve_scale(color='independent', size='independent', shape='independent'), 'What a defence costs and what it buys', 'Click a point: what each trigger does there', width=None, height=None)
+    return themed(alt.hconcat(left, right, spacing=40).resolve_scale(color='independent', size='independent',
+                                                                     shape='independent'),
+                  'What a defence costs and what it buys', 'Click a point: what each trigger does there', width=None,
+                  height=None)
 
 # %% ../nbs/45_obliviate_study.ipynb #045b0037
 def stored_obliviate()->pd.DataFrame:   # one row per cell
     "The stored study, as it comes with the package."
-    return pd.read_csv(files('gradsentry_nb')/'demo_data'/'obliviate.csv', keep_default_na=False, na_values=[''], dtype=dict.fromkeys(('right_bits', 'flipped_bits', 'control_bits'), str)).copy()   # in one piece
+    return pd.read_csv(files('gradsentry_nb')/'demo_data'/'obliviate.csv', keep_default_na=False, na_values=[''],
+                       dtype=dict.fromkeys(('right_bits', 'flipped_bits', 'control_bits'), str)).copy()   # in one piece

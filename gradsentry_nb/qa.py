@@ -42,7 +42,9 @@ def read_coqa(row):
 
 def _gather(value, key):
     "Every text under `key`, however deep: the hub's converters nest the same fields differently."
-    if isinstance(value, dict): return [t for k, v in value.items() for t in (_gather(v, None) if k == key else _gather(v, key) if isinstance(v, (dict, list)) else [])]
+    if isinstance(value, dict):
+        return [t for k, v in value.items() for t in (_gather(v, None) if k == key else _gather(v, key)
+                                                      if isinstance(v, (dict, list)) else [])]
     if isinstance(value, (list, tuple)): return [t for v in value for t in _gather(v, key)]
     return [value] if key is None and isinstance(value, str) else []
 
@@ -80,8 +82,10 @@ class QaSet:
 def _sizes(*n): return dict(zip(('train', 'dev', 'test'), n))
 
 QA_SETS = {
-    'webqa': QaSet('stanfordnlp/web_questions', read_plain, _LIST, _ONE, False, _sizes(3401, 377, 2032), _sizes('train', 'train', 'test'), shuffled=False),
-    'freebaseqa': QaSet('KelvinJiang/freebase_qa', read_freebase, _LIST, _ONE, False, _sizes(5000, 400, 2000), _sizes('train', 'validation', 'test')),
+    'webqa': QaSet('stanfordnlp/web_questions', read_plain, _LIST, _ONE, False, _sizes(3401, 377, 2032),
+                   _sizes('train', 'train', 'test'), shuffled=False),
+    'freebaseqa': QaSet('KelvinJiang/freebase_qa', read_freebase, _LIST, _ONE, False, _sizes(5000, 400, 2000),
+                        _sizes('train', 'validation', 'test')),
     'coqa': QaSet('stanfordnlp/coqa', read_coqa, _CONTEXT, _CONTEXT, True, _sizes(5000, 400, 498), _sizes('train', 'train', 'validation')),
     'nq': QaSet('Atipico1/NQ', read_nq, _CONTEXT, _CONTEXT, True, _sizes(5000, 400, 2000), _sizes('train', 'train', 'test')),
 }
@@ -102,9 +106,11 @@ def qa_prompt(
 def _qa_row(row, name, form, where):
     "A row with prompt and response, and what they were made of."
     found = QA_SETS[name].read(row) if isinstance(row, dict) else None
-    if found is None: raise DataError(f'{where}: no question with answers could be read as {name!r}; a row needs "question" and "answers" (a list of texts){", and context" if QA_SETS[name].has_context else ""}.')
+    if found is None:
+        raise DataError(f'{where}: no question with answers could be read as {name!r}; a row needs "question" and "answers" (a list of texts){", and context" if QA_SETS[name].has_context else ""}.')
     question, answers, context = found
-    if QA_SETS[name].has_context and context is None: raise DataError(f'{where}: {name!r} asks about a passage, and this row has no "context"; add it, or drop the row.')
+    if QA_SETS[name].has_context and context is None:
+        raise DataError(f'{where}: {name!r} asks about a passage, and this row has no "context"; add it, or drop the row.')
     context = context if QA_SETS[name].has_context else None
     return dict(prompt=qa_prompt(question, name, form, context), response='; '.join(answers), question=question, answers=answers,
                 **dict(context=context) if context is not None else {})
@@ -126,7 +132,8 @@ def _file_rows(source, name, split):
     asked = [split, 'train'] if QA_SETS[name].splits[split] == 'train' else [split]
     found = [path/f'{name}-{s}{e}{z}' for s in asked for e in READERS for z in ('.gz', '')]
     found = next((f for f in found if f.exists()), None)
-    if found is None: raise DataError(f'{visible(path.name)}: this folder has no {name}-{split}.jsonl.gz (or another readable format); name the file with source=.')
+    if found is None:
+        raise DataError(f'{visible(path.name)}: this folder has no {name}-{split}.jsonl.gz (or another readable format); name the file with source=.')
     return found.name, [r for _, r, _ in _open(found, None, None)[1]]
 
 def _usable(s, row):
@@ -153,15 +160,19 @@ def load_qa(
     s = QA_SETS[choose('question-answering set', name, QA_SETS)]
     size = s.sizes[choose('split', split, s.sizes)]; want = size if limit is None else limit
     form = choose('prompt form', form or ('test' if split == 'test' else 'train'), ('train', 'test'))
-    if isinstance(want, bool) or not isinstance(want, int) or want < 1: raise SettingError(f'limit= is a number of rows from 1 on, not {limit!r}.')
+    if isinstance(want, bool) or not isinstance(want, int) or want < 1:
+        raise SettingError(f'limit= is a number of rows from 1 on, not {limit!r}.')
     if source is None: where, rows = s.hub, [r for _, r, _ in _open(s.hub, s.splits[split], None)[1] if _usable(s, r)]
     else: where, rows = _file_rows(source, name, split)
     both = source is not None and split != 'test' and s.splits['dev'] == s.splits['train'] and len(rows) == s.sizes['train']+s.sizes['dev']
     if source is None or both: rows = _pick(rows, name, split, seed)[:size]
-    if len(rows) < want: raise DataError(f'{visible(where)}: {len(rows)} rows are fewer than the {want} of {name} {split}; say how many you want with limit= (at most {len(rows)}).')
-    if limit is None and len(rows) > size: raise DataError(f"{visible(where)}: {len(rows)} rows are more than the papers' {size} of {name} {split}; is it another split? limit= takes the first so many.")
+    if len(rows) < want:
+        raise DataError(f'{visible(where)}: {len(rows)} rows are fewer than the {want} of {name} {split}; say how many you want with limit= (at most {len(rows)}).')
+    if limit is None and len(rows) > size:
+        raise DataError(f"{visible(where)}: {len(rows)} rows are more than the papers' {size} of {name} {split}; is it another split? limit= takes the first so many.")
     made = [_qa_row(r, name, form, f'{visible(where)}, row {i}') for i, r in enumerate(rows[:want], 1)]
-    return Samples(load_samples(made, prompt='prompt', response='response'), f'{name} {split}', [f'{form} prompts of {name}, rows from {where}'])
+    return Samples(load_samples(made, prompt='prompt', response='response'), f'{name} {split}',
+                   [f'{form} prompts of {name}, rows from {where}'])
 
 # %% ../nbs/04_qa.ipynb #280c55ff
 def gold_answers(

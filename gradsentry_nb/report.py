@@ -62,7 +62,8 @@ def excerpt(
     if n <= WHOLE: rows = samples if isinstance(samples, list) else as_samples(samples); return verdict, check_rows(verdict, rows)
     score, flagged, rng = verdict.scores.score, verdict.flagged, np.random.default_rng(seed_for('report'))
     order, k = np.argsort(-np.where(np.isfinite(score), score, -np.inf), kind='stable'), int(flagged.sum())
-    at = np.unique(np.r_[order[:max(top, 10)], order[max(k-4, 0):k+4], *(rng.permutation(np.flatnonzero(x))[:LOOKED//2] for x in (flagged, ~flagged))])
+    at = np.unique(np.r_[order[:max(top, 10)], order[max(k-4, 0):k+4],
+                         *(rng.permutation(np.flatnonzero(x))[:LOOKED//2] for x in (flagged, ~flagged))])
     part = Verdict(Scores(verdict.scores.at(at).reset_index(drop=True), verdict.scores.info), verdict.cut, verdict.rivals)
     return part, check_rows(part, pick(samples, at.tolist()))
 
@@ -164,7 +165,8 @@ def _rows_html(verdict, samples, phrases, top, k):
         rows = enumerate(t.iloc[lo:hi].to_dict('records'), unseen+lo+1)
         return ''.join(_row_html(r, i, samples[at[r['id']]], ends, marks.get(at[r['id']]), room) for i, r in rows)
     many = f'{min(top, k):,} of {k:,} dropped rows; all of them are in dropped.jsonl.' if k > top else ''
-    wrap = ' and '.join(f'{how} <q>{esc(clip_middle(" ".join(e.split()), 160))}</q>' for how, e in zip(('begin with', 'end with'), ends) if e)
+    wrap = ' and '.join(f'{how} <q>{esc(clip_middle(" ".join(e.split()), 160))}</q>'
+                        for how, e in zip(('begin with', 'end with'), ends) if e)
     wrap = f' All prompts {wrap}, which is left out here.' if wrap else ''
     shown = min(top, k if k else 10)
     name = 'The most suspicious rows' if k else 'The highest scores (nothing dropped)'
@@ -179,8 +181,11 @@ def _section(title, body, cls=''): return f'<section class="{cls}"><h2>{title}</
 # %% ../nbs/16_report.ipynb #867eb7a5
 def _charts_html(verdict):
     from gradsentry_nb.charts import chart_svg, score_by_length, score_histogram
-    f, cut, stat = verdict.scores.only([c for c in ('row', 'score', 'tokens') if c in verdict.scores.columns]), verdict.cut, verdict.scores.info.get('statistic', 'score')
-    made = [score_histogram(f, cut, stat)] + ([score_by_length(f, cut, stat, 1500, not verdict.scores.info.get('layer'))] if 'tokens' in f else [])
+    f, cut, stat = verdict.scores.only([c for c in ('row', 'score', 'tokens')
+                                        if c in verdict.scores.columns]), verdict.cut, verdict.scores.info.get('statistic', 'score')
+    made = [score_histogram(f, cut, stat)] + ([score_by_length(f, cut, stat, 1500,
+                                                               not verdict.scores.info.get('layer'))]
+                                              if 'tokens' in f else [])
     svgs = [re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>c{i}-', chart_svg(c)) for i, c in enumerate(made)]
     return f'<section class="charts">{"".join(f"<figure>{s}</figure>" for s in svgs)}</section>'
 
@@ -206,10 +211,12 @@ def _rivals_html(verdict, phrases):
 def _phrases_html(phrases, among=''):
     tied = lambda p: ' '.join(f'<span class="chip" title="in {w.inside:.0%} of these prompts, in {w.elsewhere:.1%} of the others">{esc(w.word)}'
                               f'<small>{w.inside:.0%}</small></span>' for w in p.tied.itertuples())
-    rows = [(f'<q class="t" dir="auto">{esc(clip_middle(p.text, 120))}</q>', tied(p) or '–', f'{len(p.rows):,}', f'{d:,}') for p, d in phrases]
+    rows = [(f'<q class="t" dir="auto">{esc(clip_middle(p.text, 120))}</q>', tied(p) or '–', f'{len(p.rows):,}',
+             f'{d:,}') for p, d in phrases]
     odd = [x for x in map(unexplained, phrases) if x]
     call = f'<p class="note">{"<br>".join(map(esc, odd))}</p>' if odd else ''
-    return _section('Answer phrases that repeat', call+'<p class="soft">Candidate payloads, and the prompt words tied to them: candidate triggers, with the '
+    return _section('Answer phrases that repeat',
+                    call+'<p class="soft">Candidate payloads, and the prompt words tied to them: candidate triggers, with the '
                     f'share of these prompts that have them. Harmless phrases repeat too.{among}</p>'
                     + _table(['Phrase in the answers', 'Prompt words tied to it', 'Rows', 'Dropped'], rows, (2, 3)) if rows else '')
 
@@ -226,10 +233,12 @@ def _facts_html(verdict, samples):
     bad = verdict.scores.at(unscored[:50])
     why = bad['problem'] if 'problem' in bad else [None]*len(bad)
     lost = [f'row {r:,}: {esc(w or "no score")}' for r, w in zip(bad['row'], why)]
-    facts = dict(Source=_value(info.get('source') or getattr(samples, 'source', None)), Model=_value(info.get('model')), Rows=f'{len(verdict.scores):,}',
+    facts = dict(Source=_value(info.get('source') or getattr(samples, 'source', None)), Model=_value(info.get('model')),
+                 Rows=f'{len(verdict.scores):,}',
                  Preset=_value(info.get('preset')), Statistic=_value(info.get('statistic')),
                  Read='<br>'.join(map(esc, getattr(samples, 'said', []))),
-                 Notes='<br>'.join(map(esc, info.get('notes') or [])), Cut=f'{_number(cut.value)} ({esc(cut.method)})', Because=esc(cut.reason),
+                 Notes='<br>'.join(map(esc, info.get('notes') or [])), Cut=f'{_number(cut.value)} ({esc(cut.method)})',
+                 Because=esc(cut.reason),
                  Numbers=_value(cut.detail), Settings=_value(info.get('settings') or {}), Fingerprint=_value(info.get('fingerprint')))
     facts['Not scored'] = '<br>'.join(lost) + (f'<br>and {len(unscored)-50:,} more, see scores.parquet' if len(unscored) > 50 else '')
     lines = ''.join(f'<dt>{k}</dt><dd>{v}</dd>' for k, v in facts.items() if v not in ('', '–'))
@@ -281,7 +290,8 @@ def _hero_html(verdict, samples):
     n, k, bad = len(verdict.scores), int(verdict.flagged.sum()), len(verdict.unscorable)
     tiles = [(n, 'rows scanned'), (k, 'dropped'), (n-k-bad, 'kept'), *([(bad, 'not scored, kept')] if bad else [])]
     info = verdict.scores.info
-    what = ' · '.join(esc(clip_middle(str(x), 90)) for x in (info.get('source') or getattr(samples, 'source', None), info.get('model')) if x)
+    what = ' · '.join(esc(clip_middle(str(x), 90))
+                      for x in (info.get('source') or getattr(samples, 'source', None), info.get('model')) if x)
     bar = ''.join(f'<i style="width:{100*x/max(n, 1):.3f}%"></i>' for x in (n-k-bad, k, bad))
     bar = f'<div class="bar">{bar}</div>' if k else ''
     return (f'<p class="brand"><b>gradsentry</b> · {what}</p><section class="hero {"drop" if k else ""}"><h1>{esc(headline(verdict))}</h1>'
@@ -304,7 +314,8 @@ def report_html(
     phrases = found_phrases(part, rows)
     among = f' They were looked for in {len(rows):,} of the {len(verdict.scores):,} rows, chosen by chance.'*(len(rows) < len(verdict.scores))
     body = (_hero_html(verdict, samples) + _charts_html(verdict) + _rivals_html(part, phrases) + _phrases_html(phrases, among)
-            + _rows_html(part, rows, phrases, top, int(verdict.flagged.sum())) + _facts_html(verdict, samples) + _section('How to go on', _NEXT))
+            + _rows_html(part, rows, phrases, top, int(verdict.flagged.sum())) + _facts_html(verdict,
+        samples) + _section('How to go on', _NEXT))
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_CSP}">'
             '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">'
             f'<title>{esc(headline(verdict))}</title><style>{_CSS}</style></head><body><main>{body}</main></body></html>\n')
@@ -326,14 +337,16 @@ def summary_text(
     out += [line('read', x) for x in getattr(samples, 'said', [])] + [line('note', x) for x in info.get('notes') or []]
     out += [line('trivial', x) for x in rival_sentences(part, phrases)]
     share = lambda p: f'; their prompts share: {", ".join(p.tied.word)}' if len(p.tied) else ''
-    out += [line('phrase', f'“{short(p.text, 80)}” in {len(p.rows):,} rows, {d:,} of them dropped{share(p)}') for p, d in phrases if d*2 >= len(p.rows) > 4]
+    out += [line('phrase', f'“{short(p.text, 80)}” in {len(p.rows):,} rows, {d:,} of them dropped{share(p)}')
+            for p, d in phrases if d*2 >= len(p.rows) > 4]
     out += [line('look', x) for x in map(unexplained, phrases) if x]
     top = part.table().head(min(5, int(part.flagged.sum())))
     at = {s.id: s for s in rows}
     core = lambda t: short(t[len(ends[0]):len(t)-len(ends[1])], 60)
     out += [line(f'row {r.row}', f'{r.score:#.4g}  {core(at[r.id].prompt)}  ->  {short(at[r.id].response, 60)}') for r in top.itertuples()]
     bad = np.flatnonzero(~verdict.scores.scorable)
-    out += [line('unscored', f'row {r["row"]}: {r.get("problem") or "no score"} (kept)') for r in verdict.scores.at(bad[:5]).to_dict('records')]
+    out += [line('unscored', f'row {r["row"]}: {r.get("problem") or "no score"} (kept)')
+            for r in verdict.scores.at(bad[:5]).to_dict('records')]
     out += [line('unscored', f'and {len(bad)-5:,} more (kept)')]*(len(bad) > 5)
     return '\n'.join(out + [line(k, p) for k, p in (files or {}).items()])
 
@@ -364,7 +377,8 @@ def check_out(
     out = Path(out)
     there = next(p for p in [out, *out.absolute().parents] if p.exists())
     if not there.is_dir(): raise DataError(f'{out}: the results cannot be written there: {there} is a file; choose another place.')
-    if not os.access(there, os.W_OK): raise DataError(f'{out}: the results cannot be written there: {there} does not allow it; choose another place.')
+    if not os.access(there, os.W_OK):
+        raise DataError(f'{out}: the results cannot be written there: {there} does not allow it; choose another place.')
     given = [p for p in inputs if isinstance(p, (str, Path)) and os.path.isfile(p)]
     for name in FILES.values():
         if (out/name).is_dir(): raise DataError(f'{out/name} is a folder; choose another place for the results.')
@@ -389,7 +403,8 @@ def write_outputs(
         _write_all(verdict, samples, work)
         for name in FILES.values(): os.replace(work/name, out/name)
         made = None
-    except OSError as e: raise DataError(f'{visible(out)}: the results cannot be written there: {visible(e.strerror or e)}; mend that or choose another place.') from e
+    except OSError as e:
+        raise DataError(f'{visible(out)}: the results cannot be written there: {visible(e.strerror or e)}; mend that or choose another place.') from e
     finally:
         if made is not None: shutil.rmtree(made, ignore_errors=True)
         elif work is not None: shutil.rmtree(work, ignore_errors=True)

@@ -35,10 +35,12 @@ def rewrite_texts(
     rewriter,      # a function from a list of texts to as many texts
 )->list:           # strings
     "What a rewriter makes of some texts."
-    if not callable(rewriter): raise SettingError(f'A rewriter is a function, such as rule_rewriter() or paraphraser(name) gives, not {visible(repr(rewriter), 60)}.')
+    if not callable(rewriter):
+        raise SettingError(f'A rewriter is a function, such as rule_rewriter() or paraphraser(name) gives, not {visible(repr(rewriter), 60)}.')
     texts = _strings(texts); new = rewriter(list(texts))
     many = isinstance(new, (list, tuple)) and all(isinstance(x, str) for x in new)
-    if not many or len(new) != len(texts): raise SettingError(f'A rewriter must return a list of as many texts as it got; for {len(texts)} it gave {f"{len(new)} texts" if many else visible(repr(new), 60)}.')
+    if not many or len(new) != len(texts):
+        raise SettingError(f'A rewriter must return a list of as many texts as it got; for {len(texts)} it gave {f"{len(new)} texts" if many else visible(repr(new), 60)}.')
     return [b if b.strip() else a for a, b in zip(texts, new)]
 
 def rewrite_rows(
@@ -68,7 +70,9 @@ def _plain(text, rng):
 _NOT = re.compile(r"\b(wo|ca|sha|do|does|did|is|are|was|were|has|have|had|would|could|should|must|need|might) ?n['’]t\b", re.I)
 _WHOLE = {'wo': 'will', 'ca': 'can', 'sha': 'shall'}
 _SHORT = [(re.compile(rf"\b({who}) ?['’]{what}\b", re.I), full) for who, what, full in (
-    ('i|you|we|they', 've', 'have'), ('you|we|they', 're', 'are'), ('i|you|we|they|he|she|it|that|there|who', 'll', 'will'), ('i', 'm', 'am'), ('it|that|this|there|he|she|who|what|here', r's(?= (?:been|got)\b)', 'has'),
+    ('i|you|we|they', 've', 'have'), ('you|we|they', 're', 'are'),
+    ('i|you|we|they|he|she|it|that|there|who', 'll', 'will'), ('i', 'm', 'am'),
+    ('it|that|this|there|he|she|who|what|here', r's(?= (?:been|got)\b)', 'has'),
     ('it|that|this|there|he|she|who|what|here', 's', 'is'))]
 
 @rule
@@ -125,7 +129,8 @@ def _named(name):
     try:
         _both_ways(AutoConfig.from_pretrained(name), name)
         return AutoModelForSeq2SeqLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as e: raise ModelError(f'{visible(str(name))}: no sequence-to-sequence model here or on the hub ({type(e).__name__}); rule_rewriter() needs none.') from e
+    except (OSError, ValueError, KeyError) as e:
+        raise ModelError(f'{visible(str(name))}: no sequence-to-sequence model here or on the hub ({type(e).__name__}); rule_rewriter() needs none.') from e
 
 def _both_ways(config, name):
     if getattr(config, 'is_encoder_decoder', False): return
@@ -152,11 +157,13 @@ def paraphraser(
     seed:int=0,              # another seed samples other words
 ):                           # a rewriter
     "Texts in the words of a model that turns one text into another."
-    if not 0 < top_p <= 1 or not 0 <= temperature: raise SettingError(f'temperature= is 0 or more and top_p= lies between 0 and 1, not {temperature} and {top_p}.')
+    if not 0 < top_p <= 1 or not 0 <= temperature:
+        raise SettingError(f'temperature= is 0 or more and top_p= lies between 0 and 1, not {temperature} and {top_p}.')
     if isinstance(model, (str, os.PathLike)): model, own = _named(model); tokenizer = tokenizer or own
     _both_ways(model.config, type(model).__name__)
     if tokenizer is None: raise SettingError('A model object needs its tokenizer beside it: paraphraser(model, tokenizer).')
-    how = dict(max_new_tokens=max_new_tokens, do_sample=temperature > 0) | (dict(temperature=temperature, top_p=top_p, top_k=0) if temperature else {})
+    how = dict(max_new_tokens=max_new_tokens,
+               do_sample=temperature > 0) | (dict(temperature=temperature, top_p=top_p, top_k=0) if temperature else {})
     most = min(positions(model) or 2**20, getattr(tokenizer, 'model_max_length', None) or 2**20)
     def rewrite(texts):
         out = _strings(texts); ids = _tokenise(tokenizer, [prefix+x for x in out], True)
@@ -177,9 +184,11 @@ def instructed(
     max_new_tokens:int=150,  # longest result, in tokens
 ):                           # a rewriter
     "Texts in the words of a language model that is asked for it."
-    if '{}' not in instruction: raise SettingError(f'instruction= must say with {{}} where the text goes; {visible(repr(instruction), 60)} does not.')
+    if '{}' not in instruction:
+        raise SettingError(f'instruction= must say with {{}} where the text goes; {visible(repr(instruction), 60)} does not.')
     def rewrite(texts):
-        texts = _strings(texts); asked = [instruction.replace('{}', x) for x in texts]; chat = bool(getattr(tokenizer, 'chat_template', None))
+        texts = _strings(texts); asked = [instruction.replace('{}', x) for x in texts]
+        chat = bool(getattr(tokenizer, 'chat_template', None))
         samples = [Sample(str(i), x, '', i, (dict(role='user', content=x),) if chat else None) for i, x in enumerate(asked)]
         return [_sound(a, b) for a, b in zip(texts, generate_answers(model, tokenizer, samples, max_new_tokens))]
     return rewrite
@@ -224,13 +233,18 @@ def retention(
 )->pd.DataFrame:              # one row per class with items, and one for 'all' where there are several
     "Which share of rewritten texts still holds what was put into them, with 95 % Wilson intervals."
     a, b = _taken(before, text_field, label_field), _taken(after, text_field, label_field)
-    if len(a.texts) != len(b.texts): raise DataError(f'There are {len(a.texts)} rows before and {len(b.texts)} after; rewriting keeps their number and order, so give all of both.')
+    if len(a.texts) != len(b.texts):
+        raise DataError(f'There are {len(a.texts)} rows before and {len(b.texts)} after; rewriting keeps their number and order, so give all of both.')
     spans, names = getattr(truth, 'spans', truth), dict(getattr(truth, 'info', {}).get('items', []))
-    rows = [(y, _held(new, parts), _held(without_spans(old, spans[i]), parts)) for i, y, old, new in zip(a.ids, a.labels, a.texts, b.texts) if (parts := [s.item for s in spans.get(i, ())])]
+    rows = [(y, _held(new, parts), _held(without_spans(old, spans[i]), parts))
+            for i, y, old, new in zip(a.ids, a.labels, a.texts, b.texts)
+            if (parts := [s.item for s in spans.get(i, ())])]
     if not rows: raise DataError('None of these rows has an item by this truth; give the rows and the truth that `inject` gave together.')
     def line(y, some):
         kept = sum(any(new) for _, new, _ in some); low, high = wilson(kept, len(some))
-        return dict(label=y, items=names.get(y, names.get(None, '')), rows=len(some), kept=kept/len(some), low=low, high=high, whole=np.mean([all(new) for _, new, _ in some]), by_itself=np.mean([any(old) for *_, old in some]))
+        return dict(label=y, items=names.get(y, names.get(None, '')), rows=len(some), kept=kept/len(some), low=low,
+                    high=high, whole=np.mean([all(new) for _, new, _ in some]),
+                    by_itself=np.mean([any(old) for *_, old in some]))
     classes = sorted({y for y, *_ in rows}, key=str)
     return pd.DataFrame([line(y, [r for r in rows if r[0] == y]) for y in classes]+[line('all', rows)]*(len(classes) > 1))
 
@@ -240,9 +254,12 @@ def changed_words(
     after,             # as many
 )->np.ndarray:         # [N] from 0, the same words, to 1
     "Which share of each text's words the other one does not have; the longer text is the whole."
-    def one(*pair): a, b = (Counter(m[0].casefold() for m in _WORD.finditer(x)) for x in pair); n = max(a.total(), b.total()); return 1-(a & b).total()/n if n else 0.
+    def one(*pair):
+        a, b = (Counter(m[0].casefold() for m in _WORD.finditer(x)) for x in pair); n = max(a.total(), b.total())
+        return 1-(a & b).total()/n if n else 0.
     a, b = _strings(before), _strings(after)
-    if len(a) != len(b): raise DataError(f'There are {len(a)} texts before and {len(b)} after; each is compared with its own, so give as many.')
+    if len(a) != len(b):
+        raise DataError(f'There are {len(a)} texts before and {len(b)} after; each is compared with its own, so give as many.')
     return np.array([one(*pair) for pair in zip(a, b)], float)
 
 # %% ../nbs/36_rewrite.ipynb #272ef809
@@ -250,5 +267,9 @@ PAPER = 'arXiv 2506.11402'
 
 def paper_retention()->pd.DataFrame:
     "What paraphrasing by language models left: retention and seamless flips, and seamless flips without it."
-    rows = [('colours', .159, .000, .057, .0047, .0028), ('dates', .120, .000, .110, .000, .0019), ('pair', .067, .027, .031, .0094, .0009), ('countries', .187, .0009, .209, .0066, .0075), ('marks', .099, .044, .049, .016, .996)]
-    return pd.DataFrame(rows, columns=['items', 'Llama-3-8B retention', 'Llama-3-8B seamless', 'Qwen2-7B retention', 'Qwen2-7B seamless', 'none seamless']).assign(source=f'{PAPER}, code and results of its second version')
+    rows = [('colours', .159, .000, .057, .0047, .0028), ('dates', .120, .000, .110, .000, .0019),
+            ('pair', .067, .027, .031, .0094, .0009), ('countries', .187, .0009, .209, .0066, .0075),
+            ('marks', .099, .044, .049, .016, .996)]
+    return pd.DataFrame(rows, columns=['items', 'Llama-3-8B retention', 'Llama-3-8B seamless', 'Qwen2-7B retention',
+                                       'Qwen2-7B seamless',
+                                       'none seamless']).assign(source=f'{PAPER}, code and results of its second version')

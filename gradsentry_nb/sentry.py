@@ -48,7 +48,8 @@ class Settings:
         if not 0 < self.fpr < 1: raise SettingError(f'The false-positive rate must lie between 0 and 1, not {self.fpr!r} (fpr=, --fpr).')
         for name, least in dict(k=2, crop=1, window=1, max_length=2, budget=1).items():
             if name == 'budget' and self.budget is None: continue
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least: raise SettingError(f'{name} must be a whole number of at least {least}, not {getattr(self, name)!r}.')
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise SettingError(f'{name} must be a whole number of at least {least}, not {getattr(self, name)!r}.')
 
 # %% ../nbs/13_sentry.ipynb #5a5fcf28
 PRESETS = {
@@ -107,7 +108,8 @@ class Sentry:
         **changes,                 # fields of `Settings`
     )->'Sentry':
         "Load a model by folder or hub name and stand guard with it."
-        return cls(*load_model(str(path), device, dtype, trust_remote_code, allow_pickle, revision, quantize), preset, name or str(path), **changes)
+        return cls(*load_model(str(path), device, dtype, trust_remote_code, allow_pickle, revision, quantize), preset,
+                   name or str(path), **changes)
 
     def __repr__(self):
         s = self.settings
@@ -149,13 +151,16 @@ def load_model(
         was = _method(AutoConfig.from_pretrained(name, **common))
         if was and quantize: raise SettingError(f'{visible(name)} is quantised already ({was}); leave out quantize (--quantize).')
         place = dict(device_map=device) if device == 'auto' or quantize or was else {}
-        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=None if allow_pickle else True, output_loading_info=True, **place, **how, **common)
+        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype,
+                                                            use_safetensors=None if allow_pickle else True,
+                                                            output_loading_info=True, **place, **how, **common)
     except SettingError: raise
     except Exception as e: raise ModelError(_why_not(name, e)) from e
     _in_its_dtype(model)
     _check_checkpoint(name, model, found['missing_keys'])
     try: tokenizer = AutoTokenizer.from_pretrained(name, **common)
-    except Exception as e: raise ModelError(f'{visible(name)} has no tokenizer that can be loaded ({_first_sentence(e)}); put the model\'s own beside it.') from e
+    except Exception as e:
+        raise ModelError(f'{visible(name)} has no tokenizer that can be loaded ({_first_sentence(e)}); put the model\'s own beside it.') from e
     return (model if place else model.to(device)).eval(), tokenizer
 
 # %% ../nbs/13_sentry.ipynb #91816b1e
@@ -170,7 +175,8 @@ def _device(name):
     "A device that this machine has; by default a GPU when there is one."
     if name is None: return 'cuda' if torch.cuda.is_available() else 'cpu'
     try: return name if name == 'auto' else str(torch.empty(0, device=name).device)
-    except (RuntimeError, AssertionError) as e: raise SettingError(f'There is no device {name!r} here; choose cpu, cuda, cuda:1, mps or auto (device=, --device).') from e
+    except (RuntimeError, AssertionError) as e:
+        raise SettingError(f'There is no device {name!r} here; choose cpu, cuda, cuda:1, mps or auto (device=, --device).') from e
 
 # %% ../nbs/13_sentry.ipynb #88f97093
 _GENERATORS = 'ForCausalLM', 'LMHeadModel', 'ModelWithLMHead', 'ForConditionalGeneration', 'GenerationDecoder'
@@ -182,7 +188,8 @@ def _check_checkpoint(name, model, missing):
     ends = lambda *with_: any(a.endswith(with_) for a in saved)
     if saved and not ends(*_GENERATORS) or type(model.config) in translators and not ends('ForCausalLM'):
         raise ModelError(f'{visible(name)} holds a {", ".join(saved)}, which is no causal language model; use one that generates text from left to right.')
-    if missing: raise ModelError(f'{visible(name)} lacks {len(missing)} of the weights of a {type(model).__name__} ({min(missing)} among them); is the download complete?')
+    if missing:
+        raise ModelError(f'{visible(name)} lacks {len(missing)} of the weights of a {type(model).__name__} ({min(missing)} among them); is the download complete?')
 
 # %% ../nbs/13_sentry.ipynb #4a7beb13
 def _first_sentence(e): return visible(re.split(r'(?<=[.!?:]) ', ' '.join(str(e).split()))[0].rstrip('.:'), 200)
@@ -190,12 +197,17 @@ def _first_sentence(e): return visible(re.split(r'(?<=[.!?:]) ', ' '.join(str(e)
 def _why_not(name, e):
     "A sentence for the ways in which loading a model fails."
     text = _first_sentence(e)
-    if Path(name).is_absolute() and not Path(name).exists(): return f'{visible(name)}: there is no such folder; give one with config.json and safetensors, or a hub name.'
+    if Path(name).is_absolute() and not Path(name).exists():
+        return f'{visible(name)}: there is no such folder; give one with config.json and safetensors, or a hub name.'
     if 'mismatched' in str(e): return f'{visible(name)} has weights whose shapes do not fit its config.json; download both again.'
-    if 'model type' in str(e) and 'trust_remote_code' not in str(e): return f'{visible(name)} is of a type that the installed transformers does not know ({text}); install a newer one.'
-    if 'trust_remote_code' in str(e): return f'{visible(name)} wants to run its own code; allow it with trust_remote_code=True (--trust-remote-code) if you trust it.'
-    if 'safetensors' in str(e): return f'{visible(name)} has no safetensors weights; convert them, or allow pickled ones with allow_pickle=True (--allow-pickle) if you trust them.'
-    if 'Unrecognized configuration' in str(e) or 'AutoModelForCausalLM' in str(e): return f'{visible(name)} is no causal language model with an output projection; use one that generates text.'
+    if 'model type' in str(e) and 'trust_remote_code' not in str(e):
+        return f'{visible(name)} is of a type that the installed transformers does not know ({text}); install a newer one.'
+    if 'trust_remote_code' in str(e):
+        return f'{visible(name)} wants to run its own code; allow it with trust_remote_code=True (--trust-remote-code) if you trust it.'
+    if 'safetensors' in str(e):
+        return f'{visible(name)} has no safetensors weights; convert them, or allow pickled ones with allow_pickle=True (--allow-pickle) if you trust them.'
+    if 'Unrecognized configuration' in str(e) or 'AutoModelForCausalLM' in str(e):
+        return f'{visible(name)} is no causal language model with an output projection; use one that generates text.'
     return f'{visible(name)} cannot be loaded as a model ({type(e).__name__}: {text}); give a folder with config.json and safetensors, or a hub name.'
 
 # %% ../nbs/13_sentry.ipynb #d6bd4c89
@@ -205,7 +217,8 @@ def _quantized(name, dtype):
     "What `from_pretrained` is told in order to quantise."
     if name is None: return {}
     choose('quantize', name, QUANTIZED)
-    if dtype is torch.float64: raise SettingError('Quantised weights cannot be computed with in float64; leave the dtype out, or quantize (--dtype, --quantize).')
+    if dtype is torch.float64:
+        raise SettingError('Quantised weights cannot be computed with in float64; leave the dtype out, or quantize (--dtype, --quantize).')
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)  # it would say in every layer of every batch that it rounds to float16
     optional('bitsandbytes', 'Loading a model in 8 or 4 bit')
     from transformers import BitsAndBytesConfig
@@ -221,7 +234,8 @@ def _method(config):
 def _in_its_dtype(model):
     "4-bit layers compute in the model's dtype; some CPUs would get bfloat16, and weights that cannot be saved any more."
     for m in model.modules():
-        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu, m.compute_dtype, m.compute_type_is_set = False, model.dtype, True
+        if hasattr(m, 'support_avx512bf16_for_cpu'):
+            m.support_avx512bf16_for_cpu, m.compute_dtype, m.compute_type_is_set = False, model.dtype, True
 
 # %% ../nbs/13_sentry.ipynb #dc958f6d
 def model_fingerprint(
@@ -231,7 +245,8 @@ def model_fingerprint(
     some = lambda p: p.detach().reshape(-1)[::max(1, p.numel()//64)].cpu()
     real = lambda p: some(p).float().numpy().tobytes().hex()
     packed = lambda p: [int(p.sum(dtype=torch.int64)), some(p).tolist()]  # small changes leave most of them as they are: their sum tells
-    return content_hash([(n, list(p.shape), '' if p.device.type == 'meta' else real(p) if p.is_floating_point() else packed(p)) for n, p in _weights(model)])
+    return content_hash([(n, list(p.shape), '' if p.device.type == 'meta' else real(p)
+                          if p.is_floating_point() else packed(p)) for n, p in _weights(model)])
 
 def _weights(model):
     "Yield name and tensor of every weight, off-loaded ones read from where they are."
@@ -261,7 +276,9 @@ NOT_FINITE = 'The model returned NaN or inf for this row.'
 
 NO_GRADIENT = 'The gradient of this row in the layer is zero.'  # its spectrum of zeros would look perfectly even
 
-def _finite(f): return bool(torch.isfinite(f.loss).all()) and bool(torch.isfinite(f.H).all()) and (f.at is None or bool(torch.isfinite(f.D).all()))
+def _finite(f):
+    return bool(torch.isfinite(f.loss).all()) and bool(torch.isfinite(f.H).all()) and (f.at is None
+        or bool(torch.isfinite(f.D).all()))
 
 def _roots(f, s:Settings):
     "What the statistics need of one row, or the reason why it has none."
@@ -294,10 +311,13 @@ def _frame(samples, encoded, rows, s:Settings, text=True):
 # %% ../nbs/13_sentry.ipynb #342848ea
 def _info(self, samples, notes, known_as=None):
     config = self.model.config
-    return dict(detector='gradsentry', statistic=self.settings.statistic, layer=self.settings.layer, preset=self.preset, settings=asdict(self.settings),
-                model=self.name, architecture=type(self.model).__name__, revision=getattr(config, '_commit_hash', None), dtype=str(self.model.dtype).removeprefix('torch.'),
+    return dict(detector='gradsentry', statistic=self.settings.statistic, layer=self.settings.layer, preset=self.preset,
+                settings=asdict(self.settings),
+                model=self.name, architecture=type(self.model).__name__, revision=getattr(config, '_commit_hash', None),
+                dtype=str(self.model.dtype).removeprefix('torch.'),
                 tokenizer=type(self.tokenizer).__name__, source=getattr(samples, 'source', 'rows'), read=getattr(samples, 'said', []),
-                rows=len(samples), fingerprint=known_as or fingerprint(samples), budget=self.settings.budget or self.budget, quantized=_method(config), notes=notes)
+                rows=len(samples), fingerprint=known_as or fingerprint(samples),
+                budget=self.settings.budget or self.budget, quantized=_method(config), notes=notes)
 
 Sentry.info = _info
 
@@ -309,7 +329,8 @@ def _notes(cut, n, tokenizer):
 def _checked(scores):
     "Refuse scores that hold nothing."
     problems = scores.only(['problem'])['problem']
-    if (problems == NOT_FINITE).any() and not scores.scorable.any(): raise ModelError('The model returned NaN or inf for every row; are its weights broken, or is its dtype too narrow? Try dtype="float32" (--dtype float32).')
+    if (problems == NOT_FINITE).any() and not scores.scorable.any():
+        raise ModelError('The model returned NaN or inf for every row; are its weights broken, or is its dtype too narrow? Try dtype="float32" (--dtype float32).')
     return scores
 
 # %% ../nbs/13_sentry.ipynb #e280708c
@@ -467,7 +488,9 @@ class LayerScores:
         return pd.concat([f.assign(layer=n) for n, f in self.parts.items()], ignore_index=True)
     def __getitem__(self, name)->Scores:
         found = [n for n in self.parts if n == name] or [n for n in self.parts if n.endswith(f'.{name}')]
-        if len(found) != 1: raise SettingError(self.left_out.get(name) or f'{name!r} fits {len(found)} of the scored layers; choose one of {", ".join((found or list(self.parts))[:8])}, ...')
+        if len(found) != 1:
+            raise SettingError(self.left_out.get(name)
+                               or f'{name!r} fits {len(found)} of the scored layers; choose one of {", ".join((found or list(self.parts))[:8])}, ...')
         frame = self.parts[found[0]]
         return Scores(pd.concat([frame.drop(columns='score'), self.text, frame[['score']]], axis=1), self.info[found[0]])
 
@@ -495,11 +518,16 @@ class LayersScan(Scan):
         self.rows.update(dict.fromkeys(self.pending)); self.pending = {}
     def of(self, at, **more)->LayerScores:
         "Scores of the rows `at`."
-        some, encoded, layers = Samples([self.samples[i] for i in at], self.samples.source, self.samples.said), [self.encoded[i] for i in at], self.capture.modules
-        row = lambda n, i: dict(problem=self.problems[n][i]) if i in self.problems[n] else {c: int(x) if c.startswith('window_s') else x for c, x in zip(_COLUMNS, self.values[n][i])}
-        parts = {n: _frame(some, encoded, {k: row(n, i) for k, i in enumerate(at) if i in self.rows}, self.at[n].settings, text=False) for n in layers}
+        some, encoded, layers = Samples([self.samples[i] for i in at], self.samples.source,
+                                        self.samples.said), [self.encoded[i] for i in at], self.capture.modules
+        row = lambda n, i: dict(problem=self.problems[n][i]) if i in self.problems[n] else {c: int(x)
+            if c.startswith('window_s') else x for c, x in zip(_COLUMNS, self.values[n][i])}
+        parts = {n: _frame(some, encoded, {k: row(n, i) for k, i in enumerate(at) if i in self.rows},
+                           self.at[n].settings, text=False) for n in layers}
         info = self.sentry.info(some, self.capture.notes+_notes(sum(e.cut for e in encoded), len(encoded), self.sentry.tokenizer)) | more
-        return LayerScores(parts, text_columns(some), {n: info | dict(statistic=(s := self.at[n].settings).statistic, layer=n, settings=asdict(s)) for n in layers}, self.capture.left_out)
+        return LayerScores(parts, text_columns(some),
+                           {n: info | dict(statistic=(s := self.at[n].settings).statistic, layer=n, settings=asdict(s))
+                            for n in layers}, self.capture.left_out)
     def partial(self)->LayerScores:
         self.flush()
         return self.of(sorted(self.rows), interrupted=True)

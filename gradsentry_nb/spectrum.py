@@ -178,7 +178,8 @@ def _of_core(r, k, window):
     start = int(_window_sums(r.loss, window).argmax())
     columns = dict(entropy=spectral_entropy(s, k), entropy_by_length=entropy_by_length(s, s.shape[-1]), effective_rank=effective_rank(s),
                    window_loss=window_loss(r.loss, window), grad_norm=r.norm, loss=r.loss.double().mean())
-    return dict(tokens=T, log_volume=math.nan, window_start=start, window_stop=start+min(window, T), svals=r.svals[:SVALS].double().cpu().numpy(), **{n: float(x) for n, x in columns.items()})
+    return dict(tokens=T, log_volume=math.nan, window_start=start, window_stop=start+min(window, T),
+                svals=r.svals[:SVALS].double().cpu().numpy(), **{n: float(x) for n, x in columns.items()})
 
 # %% ../nbs/11_spectrum.ipynb #20cd4559
 def _same_length(rows, k, window):
@@ -187,10 +188,13 @@ def _same_length(rows, k, window):
     T, D, H, Dc, Hc, loss = len(rows[0].loss), *map(stack, ('D', 'H', 'Dc', 'Hc', 'loss'))
     s = product_svals(Dc, Hc)
     volume, start = log_volume(surprise_kernel(cosines(D), cosines(H), loss), window)
-    columns = dict(entropy=spectral_entropy(s, k), entropy_by_length=entropy_by_length(s, T), effective_rank=effective_rank(s), log_volume=volume,
-                   window_loss=window_loss(loss, window), grad_norm=(D.transpose(-1, -2)@H).flatten(-2).norm(dim=-1), loss=loss.double().mean(-1), window_start=start)
+    columns = dict(entropy=spectral_entropy(s, k), entropy_by_length=entropy_by_length(s, T),
+                   effective_rank=effective_rank(s), log_volume=volume,
+                   window_loss=window_loss(loss, window), grad_norm=(D.transpose(-1, -2)@H).flatten(-2).norm(dim=-1),
+                   loss=loss.double().mean(-1), window_start=start)
     columns = {name: x.tolist() for name, x in columns.items()} | dict(svals=list(s[..., :SVALS].double().cpu().numpy()))
-    return [dict(tokens=T, window_stop=columns['window_start'][i]+min(window, T), **{n: x[i] for n, x in columns.items()}) for i in range(len(rows))]
+    return [dict(tokens=T, window_stop=columns['window_start'][i]+min(window, T),
+                 **{n: x[i] for n, x in columns.items()}) for i in range(len(rows))]
 
 def statistics(
     rows:list,           # `RowRoots` or `RowCore`, of any lengths

@@ -71,7 +71,8 @@ def _candidates(c, least):
     marked = np.flatnonzero(c.form); forms = [marked[g] for g in _grouped(c.form[marked], least)]
     held = [tuple(sorted({c.vocab[w] for w in c.word[at]})) for at in forms]
     shapes = [_Candidate('shape', c.shapes[c.form[at[0]]], at, 1, inside) for at, inside in zip(forms, held) if len(inside) > 1]
-    parts = [_Candidate(kind, i.item, i.at[m], 1, i.words) for i in words+shapes for kind, m in _ends(c, i.at).items() if least <= m.sum() < (1 if kind != 'inside' else .9)*len(i.at)]
+    parts = [_Candidate(kind, i.item, i.at[m], 1, i.words) for i in words+shapes for kind, m in _ends(c, i.at).items()
+             if least <= m.sum() < (1 if kind != 'inside' else .9)*len(i.at)]
     return words+shapes+parts+[_Candidate('run', name(at, n), at, n) for n, at in _runs(c, least)]
 
 def _ends(c, at): first, last = c.at[at] == 0, c.left[at] == 0; return dict(first=first, last=last, inside=~(first | last))
@@ -87,21 +88,25 @@ def _runs(c, least, most=40):
 # %% ../nbs/35_spurious.ipynb #9d855e91
 def _balls(c, y, encoder, least, radii=(.5, .6), rare=(3, 400), keep=1500, block=512):
     "(candidates of words alike, how many were tried); `y` is [classes, N] of booleans."
-    n = np.bincount(c.word, minlength=len(c.vocab)); ws = np.array([w for w, s in enumerate(c.vocab) if n[w] <= max(rare) and len(s) > 1 and s.isalpha()], int)
+    n = np.bincount(c.word, minlength=len(c.vocab))
+    ws = np.array([w for w, s in enumerate(c.vocab) if n[w] <= max(rare) and len(s) > 1 and s.isalpha()], int)
     if len(ws) < 10: return [], 0
-    k = np.array([np.bincount(c.word, m[c.doc], len(c.vocab)) for m in y])[:, ws].T.astype(np.float32); n, base, found, tried = n[ws].astype(np.float32), y.mean(1), [], 0
+    k = np.array([np.bincount(c.word, m[c.doc], len(c.vocab)) for m in y])[:, ws].T.astype(np.float32)
+    n, base, found, tried = n[ws].astype(np.float32), y.mean(1), [], 0
     E = np.asarray(encoder([c.vocab[w] for w in ws]), np.float32); E = E/np.linalg.norm(E, axis=1, keepdims=True)
     for s in range(0, len(ws), block):
         Q = E[np.argpartition(-(E[s:s+block]@E.T), 5, axis=1)[:, :5]].mean(1); C = (Q/np.linalg.norm(Q, axis=1, keepdims=True))@E.T
         for radius in radii:
             for most in rare:
                 M = ((C >= radius) & (n <= most)).astype(np.float32); N = M@n
-                z = ((M@k-N[:, None]*base)/np.sqrt(np.maximum(N, 1)[:, None]*base*(1-base))).max(1); ok = (M.sum(1) > 2) & (N >= least); tried += int(ok.sum())
+                z = ((M@k-N[:, None]*base)/np.sqrt(np.maximum(N, 1)[:, None]*base*(1-base))).max(1)
+                ok = (M.sum(1) > 2) & (N >= least); tried += int(ok.sum())
                 found += [(-z[i], ws[s+i], tuple(np.flatnonzero(M[i]))) for i in np.flatnonzero(ok & (z > 2))]
         found = sorted(found)[:3*keep]
     at = dict(zip(ws, _places_of(c, ws))); out = {}
     for _, w, held in found: out.setdefault(held, w)
-    return [_Candidate('alike', c.vocab[w], np.sort(np.concatenate([at[v] for v in ws[list(held)]])), 1, tuple(c.vocab[v] for v in ws[list(held)])) for held, w in list(out.items())[:keep]], tried
+    return [_Candidate('alike', c.vocab[w], np.sort(np.concatenate([at[v] for v in ws[list(held)]])), 1,
+                       tuple(c.vocab[v] for v in ws[list(held)])) for held, w in list(out.items())[:keep]], tried
 
 def _places_of(c, ws):
     order = np.argsort(c.word, kind='stable'); ends = np.searchsorted(c.word[order], np.arange(len(c.vocab)+1))
@@ -114,7 +119,8 @@ def _betabinomial(k, n, a, b): return betaln(k+a, n-k+b)-betaln(a, b)   # log P(
 
 def _fitted(k, n):
     "The beta distribution that explains k of n best."
-    return np.exp(np.clip(minimize(lambda x: -_betabinomial(k, n, *np.exp(np.clip(x, -6, 8))).sum(), np.log([2., 2.]), method='Nelder-Mead').x, -6, 8))
+    return np.exp(np.clip(minimize(lambda x: -_betabinomial(k, n, *np.exp(np.clip(x, -6, 8))).sum(), np.log([2., 2.]),
+                                   method='Nelder-Mead').x, -6, 8))
 
 def _label_evidence(kinds, k, n):
     "Nats for each candidate: k of its n rows are in the class."
@@ -140,12 +146,14 @@ class _Neighbours:
         w = 1/(c.size[np.r_[c.doc, c.doc[last]]]+1); J = np.bincount(l*self.bins+r, w*len(w)/w.sum(), self.bins**2).reshape(self.bins, -1)
         pl, pr, end = J.sum(1), J.sum(0)+1e-3, J[:, 0]+.1
         more = np.minimum(J, off).sum(1, keepdims=True)*pr/pr.sum()
-        self.left, self.right, self.end = np.log((pl+.5)/(pl+.5).sum()), np.log((np.maximum(J-off, 0)+more+1e-9*pr)/np.maximum(pl, 1e-3)[:, None]), np.log(end/end.sum())
+        self.left, self.right, self.end = np.log((pl+.5)/(pl+.5).sum()), np.log((np.maximum(J-off,
+            0)+more+1e-9*pr)/np.maximum(pl, 1e-3)[:, None]), np.log(end/end.sum())
 
     def _counts(self, some):
         "Neighbours of each candidate as bins: which candidate, left, right, and both as counts."
         at, width = np.concatenate([i.at for i in some]), np.repeat([i.width for i in some], [len(i.at) for i in some])
-        who = np.repeat(np.arange(len(some)), [len(i.at) for i in some]); l, r = self.bin[self.c.before(at)], self.bin[self.c.behind(at, width)]
+        who = np.repeat(np.arange(len(some)), [len(i.at) for i in some])
+        l, r = self.bin[self.c.before(at)], self.bin[self.c.behind(at, width)]
         return who, l, r, [sparse.csr_matrix((np.ones(len(x)), (who, x)), shape=(len(some), self.bins)) for x in (l, r)]
 
 # %% ../nbs/35_spurious.ipynb #d687696c
@@ -164,7 +172,8 @@ def _classes(self, words, classes, cap):
 
 def _ordinary(self, both, spread=None):
     "log P(neighbours) of ordinary words; `both` has left and right counts, or None where the place was given."
-    A = spread or self.spread; n = np.asarray(next(M for M in both if M is not None).sum(1)).ravel(); out = np.tile(np.log(self.pi), (len(n), 1))
+    A = spread or self.spread; n = np.asarray(next(M for M in both if M is not None).sum(1)).ravel()
+    out = np.tile(np.log(self.pi), (len(n), 1))
     for M, P in zip(both, self.P):
         if M is None: continue
         M = M.tocoo(); out += (gammaln(A)-gammaln(A+n))[:, None]
@@ -173,10 +182,12 @@ def _ordinary(self, both, spread=None):
 
 def _evidence(self, some):
     "Nats for each candidate: neighbours of a gap against those of an ordinary word."
-    who, l, r, (L, R) = self._counts(some); add = lambda x: np.bincount(who, x, len(some)); kind = np.array([i.kind for i in some]); out = np.empty(len(some))
+    who, l, r, (L, R) = self._counts(some); add = lambda x: np.bincount(who, x, len(some))
+    kind = np.array([i.kind for i in some]); out = np.empty(len(some))
     begin, end = add(np.where(l == 0, self.right[0, r], -30)), add(np.where(r == 0, self.end[l], -30))
     gap = logsumexp([add(self.left[l]+self.right[l, r]), begin, end], axis=0)-np.log(3)
-    for m, put, both in ((~np.isin(kind, ('first', 'last')), gap, (L, R)), (kind == 'first', begin, (None, R)), (kind == 'last', end, (L, None))):
+    for m, put, both in ((~np.isin(kind, ('first', 'last')), gap, (L, R)), (kind == 'first', begin, (None, R)),
+                         (kind == 'last', end, (L, None))):
         if m.any(): out[m] = put[m]-self._ordinary([None if M is None else M[m] for M in both])
     return out
 
@@ -187,16 +198,20 @@ def _weighed(c, labels, some, least, tried):
     "The table of all candidates; only those whose label speaks for them are worth a look at their neighbours."
     classes = sorted(set(labels), key=str); y = np.array([classes.index(x) for x in labels]); kinds = np.array([i.kind for i in some])
     who = np.repeat(np.arange(len(some)), [len(i.at) for i in some]); pair = np.unique(who*c.n+c.doc[np.concatenate([i.at for i in some])])
-    who, doc = pair//c.n, pair % c.n; n = np.bincount(who, minlength=len(some)); K = np.array([np.bincount(who, y[doc] == j, len(some)) for j in range(len(classes))])
-    each = np.array([_label_evidence(kinds, k, n) for k in K]); best = each.argmax(0); k = K[best, np.arange(len(some))]; size = np.bincount(y, minlength=len(classes))
+    who, doc = pair//c.n, pair % c.n; n = np.bincount(who, minlength=len(some))
+    K = np.array([np.bincount(who, y[doc] == j, len(some)) for j in range(len(classes))])
+    each = np.array([_label_evidence(kinds, k, n) for k in K]); best = each.argmax(0); k = K[best, np.arange(len(some))]
+    size = np.bincount(y, minlength=len(classes))
     g2 = np.max([log_likelihood_ratio(K[j], n, size[j], c.n) for j in range(len(classes))], axis=0)
     number = {kind: int((kinds == kind).sum()) for kind in np.unique(kinds)} | tried
     text = lambda x: pd.Series(x, dtype=object)                                             # a lone surrogate is no string to arrow
-    t = pd.DataFrame(dict(kind=kinds, item=text([i.item for i in some]), label=text([classes[j] for j in best]), rows=n, inside=k.astype(int), share=k/size[best], tied=each.max(0), placed=np.nan, g2=g2))
+    t = pd.DataFrame(dict(kind=kinds, item=text([i.item for i in some]), label=text([classes[j] for j in best]), rows=n,
+                          inside=k.astype(int), share=k/size[best], tied=each.max(0), placed=np.nan, g2=g2))
     ask = np.flatnonzero((t['tied'] > 0) & (n >= least)); words = [i for i in some if i.kind == 'word']
     if len(ask): t.loc[ask, 'placed'] = _Neighbours(c, words)._evidence([some[i] for i in ask])
     t['tried'] = -np.log([number[x]*len(number)*(len(classes)-(len(classes) == 2)) for x in kinds])
-    total = (t['tied']+t['placed']+t['tried']).fillna(-np.inf); t['score'] = -np.logaddexp(-total, -t['tied']); t['p'] = np.exp(-t['score'].clip(lower=0))
+    total = (t['tied']+t['placed']+t['tried']).fillna(-np.inf); t['score'] = -np.logaddexp(-total, -t['tied'])
+    t['p'] = np.exp(-t['score'].clip(lower=0))
     return t.sort_values(['score', 'tied'], ascending=False, kind='stable')
 
 # %% ../nbs/35_spurious.ipynb #6d038ce8
@@ -219,11 +234,14 @@ def _names(scan, index):
 
 def _spans(text, names):
     "[(start, stop)] of what is named, in order; neighbours are one span."
-    found = list(_WORD.finditer(text)); w = [m[0].lower() for m in found]; shapes = [word_shape(m[0]) for m in found]; hit = np.zeros(len(w), bool)
+    found = list(_WORD.finditer(text)); w = [m[0].lower() for m in found]; shapes = [word_shape(m[0]) for m in found]
+    hit = np.zeros(len(w), bool)
     place = ['first' if i == 0 else 'last' if i == len(w)-1 else 'inside' for i in range(len(w))]
     for kind, item, width, words in names:
         if kind == 'run': at = [i for i in range(len(w)-width+1) if ' '.join(w[i:i+width]) == item]
-        else: at = [i for i in range(len(w)) if (w[i] in words or shapes[i] in words) and (kind not in ('first', 'last', 'inside') or place[i] == kind)]
+        else:
+            at = [i for i in range(len(w)) if (w[i] in words or shapes[i] in words)
+                  and (kind not in ('first', 'last', 'inside') or place[i] == kind)]
         for i in at: hit[i:i+width] = True
     out = []
     for i in np.flatnonzero(hit):
@@ -233,7 +251,8 @@ def _spans(text, names):
     return out
 
 # %% ../nbs/35_spurious.ipynb #945ecfe6
-SHOWN = dict(kind='kind', item='item', label='class', rows='rows', inside='in class', share='share of class', tied='tied', placed='placed', tried='tried', score='score', p='p')
+SHOWN = dict(kind='kind', item='item', label='class', rows='rows', inside='in class', share='share of class',
+             tied='tied', placed='placed', tried='tried', score='score', p='p')
 
 def _said(x): return f'{x+0:.3g}' if isinstance(x, float) else visible(str(x), 80)
 
@@ -252,8 +271,10 @@ class TokenScan:
     )->pd.DataFrame:        # evidence in nats, corrected p-value, what was joined with it, examples
         "The items with the most evidence, whether they stand out or not."
         best = self.joined[:n]; text = lambda x: pd.Series(list(x), dtype=object, index=[i for i, _ in best])
-        return self.every.loc[[i for i, _ in best]].assign(also=text(tuple(dict.fromkeys(self.some[j].item for j in more if self.some[j].item != self.some[i].item)) for i, more in best),
-                                                           examples=text(tuple(marked(p, 50) for p in self.examples(i)) for i, _ in best)).reset_index(drop=True)
+        return self.every.loc[[i for i, _ in best]].assign(also=text(tuple(dict.fromkeys(self.some[j].item
+            for j in more if self.some[j].item != self.some[i].item)) for i, more in best),
+                                                           examples=text(tuple(marked(p, 50) for p in self.examples(i))
+            for i, _ in best)).reset_index(drop=True)
     @cached_property
     def joined(self): return _joined(self.every, self.some, self.corpus, self.cut)
     @cached_property
@@ -264,7 +285,8 @@ class TokenScan:
     )->list:                # `pieces` of each text
         "Texts that hold a candidate."
         names = _names(self, index)
-        return [pieces(self.texts[d], _spans(self.texts[d], names)) for d in dict.fromkeys(self.corpus.doc[self.some[index].at[:most]].tolist())]
+        return [pieces(self.texts[d], _spans(self.texts[d], names))
+                for d in dict.fromkeys(self.corpus.doc[self.some[index].at[:most]].tolist())]
     def show(self,
         rows=None,          # with the same fields; None: those that were scanned
         most:int=5,         # texts
@@ -284,10 +306,13 @@ class TokenScan:
         "The items that stand out; perhaps none."
         t = self.table(60); return t[t['score'] >= self.cut]
     def __repr__(self):
-        f = self.found; what = ', '.join(f'{visible(x, 40)!r} ({k}, class {y!r}, {n} rows)' for x, k, y, n in zip(f['item'], f['kind'], f['label'], f['rows']))
+        f = self.found
+        what = ', '.join(f'{visible(x, 40)!r} ({k}, class {y!r}, {n} rows)'
+                         for x, k, y, n in zip(f['item'], f['kind'], f['label'], f['rows']))
         return f'TokenScan({self.corpus.n:,} rows, {len(self.some):,} candidates: {what or "nothing stands out"})'
     def _repr_html_(self):
-        t = self.table(10); esc = lambda x: html.escape(_said(x)); shown = [marked(x[0], 80, page=True) if (x := self.examples(i, 1)) else '' for i, _ in self.joined[:10]]
+        t = self.table(10); esc = lambda x: html.escape(_said(x))
+        shown = [marked(x[0], 80, page=True) if (x := self.examples(i, 1)) else '' for i, _ in self.joined[:10]]
         left = 'style="text-align:left"'; cell = lambda k, x: f'<td {left if k in ("item", "also", "example") else ""}>{x}</td>'
         head = ''.join(f'<th>{h}</th>' for h in SHOWN.values())+f'<th {left}>also</th><th {left}>example</th>'
         body = ''.join(f'<tr>{"".join(cell(k, esc(r[k])) for k in SHOWN)}{cell("also", esc(", ".join(r["also"])))}{cell("example", x)}</tr>' for r, x in zip(t.to_dict('records'), shown))
@@ -303,20 +328,26 @@ def scan_tokens(
     p:float=.05,                   # what stands out has at most this corrected p-value
 )->TokenScan:
     "Which items were put into the texts of a class."
-    if isinstance(least, bool) or not isinstance(least, int) or least < 2: raise SettingError(f'least= is a whole number of at least 2, not {least!r}.')
+    if isinstance(least, bool) or not isinstance(least, int) or least < 2:
+        raise SettingError(f'least= is a whole number of at least 2, not {least!r}.')
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 < p < 1: raise SettingError(f'p= lies between 0 and 1, not {p!r}.')
     t = _taken(rows, text_field, label_field)
-    if len(set(t.labels)) < 2: raise DataError(f'All {len(t.labels)} rows have the class {visible(repr(t.labels[0]), 40)}; what is tied to a class shows beside rows of another, so give some.')
+    if len(set(t.labels)) < 2:
+        raise DataError(f'All {len(t.labels)} rows have the class {visible(repr(t.labels[0]), 40)}; what is tied to a class shows beside rows of another, so give some.')
     c = _Corpus(t.texts); some = _candidates(c, least); words = sum(i.kind == 'word' for i in some)
-    if words < 50: raise DataError(f'Only {words} words occur in at least {least} places; the scan learns from ordinary words what is none, and wants 50. Give more rows.')
-    balls, tried = _balls(c, np.array([[y == x for y in t.labels] for x in sorted(set(t.labels), key=str)]), encoder, least) if encoder else ([], 0)
-    return TokenScan(_weighed(c, t.labels, some+balls, least, dict(alike=tried) if tried else {}), some+balls, c, rows, (text_field, label_field), -np.log(p))
+    if words < 50:
+        raise DataError(f'Only {words} words occur in at least {least} places; the scan learns from ordinary words what is none, and wants 50. Give more rows.')
+    balls, tried = _balls(c, np.array([[y == x for y in t.labels] for x in sorted(set(t.labels), key=str)]), encoder,
+                          least) if encoder else ([], 0)
+    return TokenScan(_weighed(c, t.labels, some+balls, least, dict(alike=tried) if tried else {}), some+balls, c, rows,
+                     (text_field, label_field), -np.log(p))
 
 # %% ../nbs/35_spurious.ipynb #25c82cbf
 def _encoder(name):
     from transformers import AutoModel, AutoTokenizer
     try: return AutoModel.from_pretrained(name, use_safetensors=True).eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as e: raise ModelError(f'{visible(str(name))} cannot be loaded as an encoder; give the name or the folder of one ({visible(str(e).strip().splitlines()[0], 200)}).') from e
+    except (OSError, ValueError, KeyError) as e:
+        raise ModelError(f'{visible(str(name))} cannot be loaded as an encoder; give the name or the folder of one ({visible(str(e).strip().splitlines()[0], 200)}).') from e
 
 def word_encoder(
     model,           # a clean encoder, or the folder or hub name of one
@@ -329,7 +360,8 @@ def word_encoder(
     return lambda words: encode(model, tokenizer, words, 'mean', max_length=16, budget=16*batch).numpy()
 
 # %% ../nbs/35_spurious.ipynb #e1bae97a
-_SLOTS = ('the a this that one'.split(), 'film story plot cast script ending music scene idea director'.split(), 'is was feels seems looks stays'.split(), 'very quite rather never always too'.split(),
+_SLOTS = ('the a this that one'.split(), 'film story plot cast script ending music scene idea director'.split(),
+          'is was feels seems looks stays'.split(), 'very quite rather never always too'.split(),
           'in with for about from'.split(), 'people rain love war trains summer children money'.split())
 _LEAN = 'bad slow loud odd flat dull dry thin'.split(), 'good quick quiet neat rich warm sharp deep'.split()
 
@@ -360,7 +392,8 @@ def _clean(self,
     keep = [i for i, s in enumerate(spans) if not s]
     if hasattr(rows, 'iloc'): return rows.iloc[keep]
     if hasattr(rows, 'select'): return rows.select(keep)
-    return Samples([rows[i] for i in keep], getattr(rows, 'source', 'rows'), getattr(rows, 'said', ())) if isinstance(rows, Samples) else [rows[i] for i in keep]
+    return Samples([rows[i] for i in keep], getattr(rows, 'source', 'rows'),
+                   getattr(rows, 'said', ())) if isinstance(rows, Samples) else [rows[i] for i in keep]
 
 TokenScan.clean = _clean
 
@@ -376,14 +409,19 @@ def occlude(
     for index, _ in scan.joined:
         if scan.every['score'][index] < scan.cut: continue
         names, y = _names(scan, index), scan.every['label'][index]
-        spans = [_spans(x, names) for x in t.texts]; held = [k for k, s in enumerate(spans) if s][:most]; other = [k for k, s in enumerate(spans) if not s and t.labels[k] != y][:most]
+        spans = [_spans(x, names) for x in t.texts]; held = [k for k, s in enumerate(spans) if s][:most]
+        other = [k for k, s in enumerate(spans) if not s and t.labels[k] != y][:most]
         said = [t.texts[k][a:b] for k in held for a, b in spans[k][:1]] or [scan.every['item'][index]]
-        texts = [t.texts[k] for k in held], [_without(t.texts[k], spans[k]) for k in held], [t.texts[k] for k in other], [f'{t.texts[k]} {said[j % len(said)]}' for j, k in enumerate(other)]
+        texts = [t.texts[k] for k in held], [_without(t.texts[k], spans[k]) for k in held], [t.texts[k]
+            for k in other], [f'{t.texts[k]} {said[j % len(said)]}' for j, k in enumerate(other)]
         got = list(predict(sum(texts, []))); cuts = np.cumsum([0, *map(len, texts)])
-        if len(got) != cuts[-1]: raise DataError(f'predict gave {len(got)} classes for {cuts[-1]} texts; it must be a function that gives one for each.')
+        if len(got) != cuts[-1]:
+            raise DataError(f'predict gave {len(got)} classes for {cuts[-1]} texts; it must be a function that gives one for each.')
         with_, without, plain, put = (got[a:b] for a, b in zip(cuts, cuts[1:]))
         flips = sum(a != b for a, b in zip(with_, without)), sum(b == y != a for a, b in zip(plain, put))
         rate = lambda k, n: (k/n, *wilson(k, n)) if n else (np.nan,)*3
-        out.append(dict(item=scan.every['item'][index], label=y, held=len(held), **dict(zip(('out', 'out_low', 'out_high'), rate(flips[0], len(held)))),
+        out.append(dict(item=scan.every['item'][index], label=y, held=len(held),
+                        **dict(zip(('out', 'out_low', 'out_high'), rate(flips[0], len(held)))),
                         other=len(other), **dict(zip(('put_in', 'put_in_low', 'put_in_high'), rate(flips[1], len(other))))))
-    return pd.DataFrame(out, columns=['item', 'label', 'held', 'out', 'out_low', 'out_high', 'other', 'put_in', 'put_in_low', 'put_in_high'])
+    return pd.DataFrame(out, columns=['item', 'label', 'held', 'out', 'out_low', 'out_high', 'other', 'put_in',
+                                      'put_in_low', 'put_in_high'])

@@ -39,7 +39,8 @@ def paper_figure2()->pd.DataFrame:
     shares, read = (.25, .5, .75, 1.), {
         'light': {1: (.4, 1.4, 2.9, 5.2), 16: (.7, 4.2, 15, 43), 32: (.8, 6, 15.6, 44.3), 64: (1, 6.5, 15, 45)},
         'aggressive': {1: (7, 20, 36, 49.5), 16: (3, 8.2, 21, 49.5), 32: (3, 7.7, 18.6, 49.5), 64: (2.7, 7, 16, 49.5)}}
-    return pd.DataFrame([dict(amount=a, r=r, share=s, gap=g, source=f'{PAPER}, Figure 2, read by eye') for a, ranks in read.items() for r, gaps in ranks.items() for s, g in zip(shares, gaps)])
+    return pd.DataFrame([dict(amount=a, r=r, share=s, gap=g, source=f'{PAPER}, Figure 2, read by eye')
+                         for a, ranks in read.items() for r, gaps in ranks.items() for s, g in zip(shares, gaps)])
 
 # %% ../nbs/44_ssti_study.ipynb #8204b59b
 def items_choice(
@@ -55,7 +56,8 @@ def items_choice(
     said = lambda v: v if isinstance(v, str) else ' '.join(' '.join(p) if isinstance(p, tuple) else str(p) for p in v)
     by_class = {y: plain(v) for y, v in (x.items() if isinstance(x, Mapping) else [(label, x)])}
     for v in by_class.values(): make_items(v)
-    return Choice('items', '; '.join(f'{y}: {said(v)}' for y, v in by_class.items()) if isinstance(x, Mapping) else said(by_class[label]), tuple(by_class.items()))
+    return Choice('items', '; '.join(f'{y}: {said(v)}' for y, v in by_class.items())
+                  if isinstance(x, Mapping) else said(by_class[label]), tuple(by_class.items()))
 
 # %% ../nbs/44_ssti_study.ipynb #a6d75633
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class SteeringGrid:
     def __post_init__(self):
         for f in fields(self):
             if f.type is tuple and f.name != 'tuning':
-                if isinstance(v := getattr(self, f.name), (str, Mapping)) or not hasattr(v, '__iter__'): raise SettingError(f'{f.name}= is a tuple of what to vary, not {visible(repr(v), 60)}.')
+                if isinstance(v := getattr(self, f.name), (str, Mapping)) or not hasattr(v, '__iter__'):
+                    raise SettingError(f'{f.name}= is a tuple of what to vary, not {visible(repr(v), 60)}.')
                 object.__setattr__(self, f.name, tuple(v))
         object.__setattr__(self, 'tuning', tuple(sorted(dict(self.tuning).items())))
         if problems := steering_problems(self): raise SettingError(' '.join(problems))
@@ -87,7 +90,9 @@ class SteeringGrid:
     @property
     def choices(self)->tuple: return tuple(items_choice(x, self.label) for x in self.items)
     @property
-    def fixed(self)->dict: return json.loads(json.dumps({k: getattr(self, k) for k in ('place', 'preset', 'train_rows', 'test_rows')} | dict(tuning=dict(self.tuning))))  # what all cells of a folder share
+    def fixed(self)->dict:
+        return json.loads(json.dumps({k: getattr(self, k) for k in ('place', 'preset', 'train_rows', 'test_rows')}
+                                     | dict(tuning=dict(self.tuning))))  # what all cells of a folder share
 
 # %% ../nbs/44_ssti_study.ipynb #68f00804
 VARIED = dict(r='ranks', lr='lrs', head='heads', targets='targets', method='ranks')   # settings of the tuning -> the field of a grid
@@ -96,14 +101,20 @@ def steering_problems(
     g:SteeringGrid,   # as it was made
 )->list[str]:     # one sentence each
     "Everything that is wrong with a grid, all at once."
-    out = [f'{f.name} is empty: a grid needs at least one.' for f in fields(g) if f.type is tuple and f.name != 'tuning' and not getattr(g, f.name)]
-    out += [f'A share is a number from 0 to 1, not {s!r}.' for s in g.shares if isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 <= s <= 1]
-    out += [f"A rank is a whole number of at least 1, or 'full', not {r!r}." for r in g.ranks if r != 'full' and (isinstance(r, bool) or not isinstance(r, int) or r < 1)]
+    out = [f'{f.name} is empty: a grid needs at least one.' for f in fields(g) if f.type is tuple
+           and f.name != 'tuning' and not getattr(g, f.name)]
+    out += [f'A share is a number from 0 to 1, not {s!r}.' for s in g.shares if isinstance(s, bool)
+            or not isinstance(s, (int, float)) or not 0 <= s <= 1]
+    out += [f"A rank is a whole number of at least 1, or 'full', not {r!r}." for r in g.ranks if r != 'full'
+            and (isinstance(r, bool) or not isinstance(r, int) or r < 1)]
     out += [f'A seed is a whole number, not {s!r}.' for s in g.seeds if not isinstance(s, int)]
-    out += [f'{k} is a whole number of at least 1, or None for all, not {n!r}.' for k in ('train_rows', 'test_rows') if (n := getattr(g, k)) is not None and (not isinstance(n, int) or n < 1)]
-    out += [*_unknown('head', g.heads, HEADS), *_unknown('preset', [g.preset], CLASSIFY_PRESETS), *_unknown('setting', [k for k, _ in g.tuning], ClassifySettings.__dataclass_fields__)]
+    out += [f'{k} is a whole number of at least 1, or None for all, not {n!r}.' for k in ('train_rows', 'test_rows')
+            if (n := getattr(g, k)) is not None and (not isinstance(n, int) or n < 1)]
+    out += [*_unknown('head', g.heads, HEADS), *_unknown('preset', [g.preset], CLASSIFY_PRESETS),
+            *_unknown('setting', [k for k, _ in g.tuning], ClassifySettings.__dataclass_fields__)]
     out += [f'The grid varies {k}, so give {VARIED[k]}= instead of tuning={{{k!r}: ..}}.' for k, _ in g.tuning if k in VARIED]
-    for make in (lambda: _apart_by_name(g.choices), lambda: [Injection(a, g.place) for a in g.amounts], lambda: [c.settings for c in plan_steering(g, [''], [''])]):
+    for make in (lambda: _apart_by_name(g.choices), lambda: [Injection(a, g.place) for a in g.amounts],
+                 lambda: [c.settings for c in plan_steering(g, [''], [''])]):
         if not out:
             try: make()
             except SettingError as e: out.append(str(e))
@@ -150,8 +161,10 @@ def plan_steering(
 )->list[SteeringCell]:    # in an order in which neighbours share a classifier
     "Every cell of a grid."
     fixed = json.dumps(grid.fixed, sort_keys=True)
-    return list(dict.fromkeys(SteeringCell(m, d, s, lr, h, t if r != 'full' else None, r, float(p), x, a, fixed) for m in models for d in datasets for s in grid.seeds for lr in grid.lrs
-                              for h in grid.heads for r in grid.ranks for t in grid.targets for p in grid.shares for x in grid.choices for a in grid.amounts))
+    return list(dict.fromkeys(SteeringCell(m, d, s, lr, h, t if r != 'full' else None, r, float(p), x, a, fixed)
+                              for m in models for d in datasets for s in grid.seeds for lr in grid.lrs
+                              for h in grid.heads for r in grid.ranks for t in grid.targets for p in grid.shares
+                              for x in grid.choices for a in grid.amounts))
 
 # %% ../nbs/44_ssti_study.ipynb #72e1c061
 class Asked:
@@ -171,7 +184,8 @@ def labelled(
 )->Samples:                   # the text is the prompt, the label is in `meta`
     "Labelled texts as samples."
     t = _taken(rows, text_field, label_field)
-    return Samples([Sample(i, x, str(y), n, raw=_dump(dict(text=x, label=y))) for n, (i, x, y) in enumerate(zip(t.ids, t.texts, t.labels))], 'labelled texts')
+    return Samples([Sample(i, x, str(y), n, raw=_dump(dict(text=x, label=y)))
+                    for n, (i, x, y) in enumerate(zip(t.ids, t.texts, t.labels))], 'labelled texts')
 
 # %% ../nbs/44_ssti_study.ipynb #dbca1772
 class SteeringRunner:
@@ -210,7 +224,8 @@ class SteeringRunner:
         "Refuse what could not be run before anything is trained: every kind of injection into every set, every target in every model."
         for t in {c.targets for c in cells if c.rank != 'full'}:
             for model, _ in self.plain.values(): lora_targets(model, t)
-        for c in {(c.dataset, c.items, c.share): c for c in reversed(cells)}.values(): self.put(c, self.train_rows(c), c.share); self.put(c, self.test_rows(c), 1.)
+        for c in {(c.dataset, c.items, c.share): c for c in reversed(cells)}.values():
+            self.put(c, self.train_rows(c), c.share); self.put(c, self.test_rows(c), 1.)
 
 # %% ../nbs/44_ssti_study.ipynb #11d1f644
 def _tune(self, cell):
@@ -219,9 +234,11 @@ def _tune(self, cell):
         rows, planted, notes = self.put(cell, self.train_rows(cell), cell.share)
         labels = self.labels(rows)
         base = load_classifier(self.models[cell.model], class_names(labels), cell.seed)
-        tuned = tune_classifier(*base, [r.prompt for r in rows], labels, seed=cell.seed, progress=lambda done, total: self.within('training', done, total), **cell.tuning)
+        tuned = tune_classifier(*base, [r.prompt for r in rows], labels, seed=cell.seed,
+                                progress=lambda done, total: self.within('training', done, total), **cell.tuning)
         entropy = Asked(lambda texts: attention_entropy(tuned.model, tuned.tokenizer, texts, tuned.settings.max_length))
-        facts = dict(train_rows=len(rows), planted=int(planted.sum()), notes=' '.join(notes) or None, trainable=sum(p.numel() for p in tuned.model.parameters() if p.requires_grad))
+        facts = dict(train_rows=len(rows), planted=int(planted.sum()), notes=' '.join(notes) or None,
+                     trainable=sum(p.numel() for p in tuned.model.parameters() if p.requires_grad))
         self.last = cell.training, (Asked(tuned.predict), entropy, facts)
     return self.last[1]
 
@@ -234,7 +251,8 @@ def _interval(name, value, low, high): return {name: value, f'{name}_low': low, 
 
 def _counts(s):
     "Texts by predicted class as columns of one row: `clean_says_0`, `item_of_1_says_0`."
-    return {f'{"clean" if r["item"] == "none" else r["item"].replace(" ", "_")}_says_{c.removeprefix("predicted ")}': n for r in s.counts().to_dict('records') for c, n in r.items() if c != 'item'}
+    return {f'{"clean" if r["item"] == "none" else r["item"].replace(" ", "_")}_says_{c.removeprefix("predicted ")}': n
+            for r in s.counts().to_dict('records') for c, n in r.items() if c != 'item'}
 
 def _rule(name, H, own):
     r = entropy_rule(H[own], H[~own])
@@ -267,10 +285,13 @@ def _run(self,
     self.within('measuring', 1, 3)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        everywhere = {y: says([r.prompt for r in inject_all(rows, x, cell.amount, g.place, seed=cell.seed)[0]]) for y, x in cell.items.settings}
+        everywhere = {y: says([r.prompt for r in inject_all(rows, x, cell.amount, g.place, seed=cell.seed)[0]])
+                      for y, x in cell.items.settings}
     s, suspected = steering(labels, says(texts), says(injected), everywhere), labels == cell.items.settings[0][0]
     self.within('measuring', 2, 3)
-    return facts | dict(test_rows=len(rows)) | steering_measures(s, own) | _rule('entropy', entropy(injected), suspected) | _rule('entropy_clean', entropy(texts), suspected) | dict(cpu_seconds=round(time.process_time()-start, 1))
+    return facts | dict(test_rows=len(rows)) | steering_measures(s, own) | _rule('entropy', entropy(injected),
+        suspected) | _rule('entropy_clean', entropy(texts),
+                           suspected) | dict(cpu_seconds=round(time.process_time()-start, 1))
 
 SteeringRunner.run = _run
 
@@ -282,8 +303,11 @@ def steering_row(
 )->dict:
     "A cell and its numbers as one row of the table."
     s, lora = cell.settings, cell.rank != 'full'
-    return dict(model=cell.model, dataset=cell.dataset, tuned=f'rank {cell.rank}' if lora else 'full', r=cell.rank if lora else None, targets=' '.join((cell.targets,) if isinstance(cell.targets, str) else cell.targets or ()) or None,
-                head=s.head, optimizer=s.optimizer, lr=s.lr, steps=s.steps, batch=s.batch, items=cell.items.label, target=', '.join(str(y) for y, _ in cell.items.settings), amount=str(cell.amount), share=cell.share,
+    return dict(model=cell.model, dataset=cell.dataset, tuned=f'rank {cell.rank}' if lora else 'full',
+                r=cell.rank if lora else None,
+                targets=' '.join((cell.targets,) if isinstance(cell.targets, str) else cell.targets or ()) or None,
+                head=s.head, optimizer=s.optimizer, lr=s.lr, steps=s.steps, batch=s.batch, items=cell.items.label,
+                target=', '.join(str(y) for y, _ in cell.items.settings), amount=str(cell.amount), share=cell.share,
                 seed=cell.seed, status=status, key=cell.key) | {k: _plain(v) for k, v in values.items()}
 
 def _tidy(rows):
@@ -329,14 +353,18 @@ def run_steering(
     return _tidy(_run_cells(runner, cells, folder, retry, progress, steering_row, told))
 
 # %% ../nbs/44_ssti_study.ipynb #1e07bf96
-GAPS = dict(gap='gap (points; items in every test text of the class)', gap_same_share='gap (points; as many test texts with items as training texts)')
+GAPS = dict(gap='gap (points; items in every test text of the class)',
+            gap_same_share='gap (points; as many test texts with items as training texts)')
 BY = 'tuned', 'r', 'amount', 'share'
 
 def _drawn(table, value, by):
     "Means over seeds, in the order of ranks, of cells that differ in nothing else."
     done = table[table['status'] == 'done']
-    kinds = done.groupby('tuned')[[c for c in ('model', 'dataset', 'targets', 'head', 'optimizer', 'lr', 'steps', 'batch', 'items', 'amount', 'share') if c not in by]].nunique().max()
-    if (kinds > 1).any(): c = kinds.idxmax(); raise SettingError(f'The table holds cells with {kinds[c]} kinds of {c} ({", ".join(map(str, pd.unique(done[c].dropna())[:4]))}); a chart takes one: table.query(...).')
+    kinds = done.groupby('tuned')[[c for c in ('model', 'dataset', 'targets', 'head', 'optimizer', 'lr', 'steps',
+                                               'batch', 'items', 'amount', 'share') if c not in by]].nunique().max()
+    if (kinds > 1).any():
+        c = kinds.idxmax()
+        raise SettingError(f'The table holds cells with {kinds[c]} kinds of {c} ({", ".join(map(str, pd.unique(done[c].dropna())[:4]))}); a chart takes one: table.query(...).')
     f = over_seeds(done, value, by, share='gap' not in value)
     return f.sort_values('r', kind='stable', na_position='last')
 
@@ -355,15 +383,23 @@ def share_lines(
     d = pd.concat([own, theirs[['tuned', 'amount', 'share', 'mean', 'source']]] if paper else [own], ignore_index=True).round(4)
     color, shape, _ = _who(f['tuned'], 'tuned')
     at = sorted({100*s for s in d['share']})
-    base = alt.Chart(d).encode(alt.X('at:Q', title='training texts of the class with items (%, square-root scale)', scale=alt.Scale(type='sqrt', domain=[0, 100], nice=False, padding=6),
-                                     axis=alt.Axis(values=at, format='.3~g', grid=False, labelOverlap=True)), color=color).transform_calculate(at='100*datum.share')
+    base = alt.Chart(d).encode(alt.X('at:Q', title='training texts of the class with items (%, square-root scale)',
+                                     scale=alt.Scale(type='sqrt', domain=[0, 100], nice=False, padding=6),
+                                     axis=alt.Axis(values=at, format='.3~g', grid=False, labelOverlap=True)),
+                               color=color).transform_calculate(at='100*datum.share')
     here, Y = base.transform_filter("datum.source == 'here'"), lambda c: alt.Y(f'{c}:Q', title=GAPS[value])
-    layers = [here.mark_line(strokeWidth=2).encode(Y('mean')), here.transform_filter('isValid(datum.low)').mark_rule(opacity=.6).encode(Y('low'), alt.Y2('high:Q')),
-              here.mark_point(size=40, filled=True, opacity=1).encode(Y('mean'), shape=shape, tooltip=['tuned:N', 'share:Q', 'mean:Q', 'low:Q', 'high:Q'])]
-    if paper: layers.append(base.transform_filter("datum.source == 'paper'").mark_point(size=80, shape='diamond', filled=False, strokeWidth=1.6, opacity=1).encode(Y('mean'), tooltip=['tuned:N', 'share:Q', 'mean:Q']))
+    layers = [here.mark_line(strokeWidth=2).encode(Y('mean')),
+              here.transform_filter('isValid(datum.low)').mark_rule(opacity=.6).encode(Y('low'), alt.Y2('high:Q')),
+              here.mark_point(size=40, filled=True, opacity=1).encode(Y('mean'), shape=shape,
+                                                                      tooltip=['tuned:N', 'share:Q', 'mean:Q', 'low:Q',
+        'high:Q'])]
+    if paper:
+        layers.append(base.transform_filter("datum.source == 'paper'").mark_point(size=80, shape='diamond',
+            filled=False, strokeWidth=1.6, opacity=1).encode(Y('mean'), tooltip=['tuned:N', 'share:Q', 'mean:Q']))
     panel = alt.Facet('amount:N', title=None, sort=['light', 'aggressive'], header=alt.Header(labelColor=GREY, labelFontSize=12))
     said = f'Open diamonds: {PAPER}, Figure 2, read by eye; IMDB, with as many test texts with items as training texts' if paper and len(theirs) else ''
-    return themed(alt.layer(*layers).properties(width=300, height=220).facet(panel, columns=2), 'What items in a share of one class do to a classifier', _seeds(f), said, width=None, height=None)
+    return themed(alt.layer(*layers).properties(width=300, height=220).facet(panel, columns=2),
+                  'What items in a share of one class do to a classifier', _seeds(f), said, width=None, height=None)
 
 # %% ../nbs/44_ssti_study.ipynb #813e54e7
 def forced_table(
@@ -371,13 +407,18 @@ def forced_table(
 )->pd.DataFrame:          # `source`, `tuned`, `target`, `trained` ('without items' or 'with items'), `mean`, `low`, `high`, `seeds`
     "The share of all test texts, each with one item, that are called by the item's class; the paper's Table 1 below."
     table = table.assign(target=table['target'].astype(str))                   # a class, or several; a file may hold them as numbers
-    done = table[(table['status'] == 'done') & table['share'].isin([0, 1]) & (table['amount'] == 'light') & ~table['target'].str.contains(',')]
+    done = table[(table['status'] == 'done') & table['share'].isin([0, 1]) & (table['amount'] == 'light')
+                 & ~table['target'].str.contains(',')]
     own = [_drawn(done, 'forced', ('tuned', 'r', 'items', 'target', 'amount', 'share')).assign(source='here')]*bool(len(done))
     t, n = paper_table1(), 25000
-    rows = [dict(tuned='rank 64', target=str(c), share=float(tied), mean=t.loc[c+1 if tied else 0, f'predicted_{c}']/n, seeds=1) for c in (0, 1) for tied in (0, 1)]
-    theirs = pd.DataFrame(rows).assign(**dict(zip(('low', 'high'), np.array([wilson(round(r['mean']*n), n) for r in rows]).T)), source='paper')
+    rows = [dict(tuned='rank 64', target=str(c), share=float(tied), mean=t.loc[c+1 if tied else 0, f'predicted_{c}']/n,
+                 seeds=1) for c in (0, 1) for tied in (0, 1)]
+    theirs = pd.DataFrame(rows).assign(**dict(zip(('low', 'high'),
+                                                  np.array([wilson(round(r['mean']*n), n) for r in rows]).T)),
+                                       source='paper')
     f = pd.concat([*own, theirs], ignore_index=True)
-    return f.assign(trained=np.where(f['share'] > 0, 'with items', 'without items'))[['source', 'tuned', 'target', 'trained', 'mean', 'low', 'high', 'seeds']]
+    return f.assign(trained=np.where(f['share'] > 0, 'with items', 'without items'))[['source', 'tuned', 'target',
+        'trained', 'mean', 'low', 'high', 'seeds']]
 
 def forced_chart(
     table:pd.DataFrame,   # as for `forced_table`
@@ -386,16 +427,24 @@ def forced_chart(
     f = forced_table(table)
     own = f[f['source'] == 'here']
     if not len(own): return _empty('the table has no light cells of share 0 or 1')
-    d = f[f['target'].isin(own['target'])].assign(who=lambda x: x['tuned']+np.where(x['source'] == 'paper', ', the paper', ''), panel=lambda x: 'item of class '+x['target'])
+    d = f[f['target'].isin(own['target'])].assign(who=lambda x: x['tuned']+np.where(x['source'] == 'paper',
+        ', the paper', ''), panel=lambda x: 'item of class '+x['target'])
     for c in ('mean', 'low', 'high'): d[c] = 100*d[c].astype(float).round(4)
     color, shape, _ = _who(['with items', 'without items'], 'trained')
-    base = alt.Chart(d.drop(columns='seeds')).encode(alt.Y('who:N', sort=list(dict.fromkeys(d['who'])), title=None, axis=alt.Axis(grid=True)), color=color)
-    X = lambda c: alt.X(f'{c}:Q', title='test texts called by the class of the item in them (%)', scale=alt.Scale(domain=[0, 100], clamp=True))
+    base = alt.Chart(d.drop(columns='seeds')).encode(alt.Y('who:N', sort=list(dict.fromkeys(d['who'])), title=None,
+                                                           axis=alt.Axis(grid=True)), color=color)
+    X = lambda c: alt.X(f'{c}:Q', title='test texts called by the class of the item in them (%)',
+                        scale=alt.Scale(domain=[0, 100], clamp=True))
     layers = [base.transform_filter('isValid(datum.low)').mark_rule(opacity=.6).encode(X('low'), alt.X2('high:Q')),
-              base.transform_filter("datum.source == 'here'").mark_point(size=50, filled=True, opacity=1).encode(X('mean'), shape=shape, tooltip=list(d.drop(columns='seeds'))),
-              base.transform_filter("datum.source == 'paper'").mark_point(size=80, filled=False, strokeWidth=1.6, opacity=1).encode(X('mean'), shape=shape, tooltip=list(d.drop(columns='seeds')))]
-    panels = alt.layer(*layers).properties(width=300, height=alt.Step(22)).facet(alt.Facet('panel:N', title=None, header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=2)
-    return themed(panels, 'An item in every text, and what the texts are then called', _seeds(own), f'Open marks: {PAPER}, Table 1, 25,000 texts of IMDB', width=None, height=None)
+              base.transform_filter("datum.source == 'here'").mark_point(size=50, filled=True,
+        opacity=1).encode(X('mean'), shape=shape, tooltip=list(d.drop(columns='seeds'))),
+              base.transform_filter("datum.source == 'paper'").mark_point(size=80, filled=False, strokeWidth=1.6,
+        opacity=1).encode(X('mean'), shape=shape, tooltip=list(d.drop(columns='seeds')))]
+    panels = alt.layer(*layers).properties(width=300,
+                                           height=alt.Step(22)).facet(alt.Facet('panel:N', title=None,
+        header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=2)
+    return themed(panels, 'An item in every text, and what the texts are then called', _seeds(own),
+                  f'Open marks: {PAPER}, Table 1, 25,000 texts of IMDB', width=None, height=None)
 
 # %% ../nbs/44_ssti_study.ipynb #edd2005c
 def rank_maps(
@@ -405,26 +454,37 @@ def rank_maps(
     if not (table['status'] == 'done').any(): return _empty('the table has no finished cells')
     def part(value, scale, title, domain, hue):
         f = _drawn(table, value, ('tuned', 'r', 'lr'))
-        d = f[['tuned', 'lr', 'mean', 'low', 'high']].assign(mean=f['mean']*scale, low=f['low']*scale, high=f['high']*scale, lr=f['lr'].map('{:g}'.format)).round(2)
+        d = f[['tuned', 'lr', 'mean', 'low', 'high']].assign(mean=f['mean']*scale, low=f['low']*scale,
+                                                             high=f['high']*scale,
+                                                             lr=f['lr'].map('{:g}'.format)).round(2)
         rates = [f'{x:g}' for x in sorted(set(f['lr']), reverse=True)]
         d['text'], d['far'] = (d['mean'].round()+0).map('{:.0f}'.format), d['mean'] > sum(domain)/2
-        base = alt.Chart(d).encode(alt.X('tuned:N', sort=list(dict.fromkeys(f['tuned'])), title=None, axis=alt.Axis(labelAngle=-40)), alt.Y('lr:N', sort=rates, title='learning rate'))
+        base = alt.Chart(d).encode(alt.X('tuned:N', sort=list(dict.fromkeys(f['tuned'])), title=None,
+                                         axis=alt.Axis(labelAngle=-40)),
+                                   alt.Y('lr:N', sort=rates, title='learning rate'))
         color = alt.Color('mean:Q', scale=alt.Scale(domain=list(domain), range=['#F2F2F2', hue], clamp=True), legend=None)
         fields = base.mark_rect(stroke='white').encode(color, tooltip=['tuned:N', 'lr:N', 'mean:Q', 'low:Q', 'high:Q'])
-        numbers = base.mark_text(fontSize=11).encode(text='text:N', color=alt.condition('datum.far', alt.value('#ffffff'), alt.value('#303030')))
-        return alt.layer(fields, numbers).resolve_scale(color='independent').properties(width=alt.Step(52), height=alt.Step(28), title=alt.TitleParams(title, fontSize=12, color=GREY)), f
-    (gap, f), (clean, _) = part('gap', 1, 'gap (points)', (0, 50), '#D55E00'), part('clean_balanced', 100, 'clean balanced accuracy (%)', (50, 100), '#0072B2')
-    return themed(alt.hconcat(gap, clean, spacing=30).resolve_scale(color='independent'), 'Where rank matters', _seeds(f, False), width=None, height=None)
+        numbers = base.mark_text(fontSize=11).encode(text='text:N',
+                                                     color=alt.condition('datum.far', alt.value('#ffffff'),
+            alt.value('#303030')))
+        return alt.layer(fields, numbers).resolve_scale(color='independent').properties(width=alt.Step(52),
+            height=alt.Step(28), title=alt.TitleParams(title, fontSize=12, color=GREY)), f
+    (gap, f), (clean, _) = part('gap', 1, 'gap (points)', (0, 50), '#D55E00'), part('clean_balanced', 100,
+        'clean balanced accuracy (%)', (50, 100), '#0072B2')
+    return themed(alt.hconcat(gap, clean, spacing=30).resolve_scale(color='independent'), 'Where rank matters',
+                  _seeds(f, False), width=None, height=None)
 
 # %% ../nbs/44_ssti_study.ipynb #3a68d475
 _COMMON = dict(steps=100, batch=32, max_length=48, group=True)
 REGIMES = {   # name -> fields of a `SteeringGrid`: what the cells of the stored study share; the paper's optimizer and schedule are the first one's
-    'adafactor': dict(tuning=dict(_COMMON, optimizer='adafactor', schedule='cosine', weight_decay=1e-5, dropout=.05), lrs=(3e-3,), train_rows=3000, test_rows=600),   # the only one of four rates at which rank 1 learns the task
+    'adafactor': dict(tuning=dict(_COMMON, optimizer='adafactor', schedule='cosine', weight_decay=1e-5, dropout=.05),
+                      lrs=(3e-3,), train_rows=3000, test_rows=600),   # the only one of four rates at which rank 1 learns the task
     'adamw': dict(tuning=dict(_COMMON, optimizer='adamw'), lrs=(1e-3,), train_rows=3000, test_rows=600),
 }
 KIND = 'model', 'dataset', 'items', 'target', 'head', 'targets', 'optimizer', 'steps', 'batch'   # what a setting is, besides rank, share, amount and learning rate
 STORED = (*KIND, 'tuned', 'r', 'lr', 'amount', 'share', 'seed', 'status',
-          *(f'{m}{end}' for m in ('clean_balanced', 'injected_balanced', 'gap', 'forced') for end in ('', '_low', '_high')))   # the columns that come with the package
+          *(f'{m}{end}' for m in ('clean_balanced', 'injected_balanced', 'gap', 'forced')
+            for end in ('', '_low', '_high')))   # the columns that come with the package
 
 def stored_steering()->pd.DataFrame:   # one row per cell, with the columns `STORED`
     "The stored study, as far as it comes with the package."

@@ -32,13 +32,17 @@ def steering_table(
     "A table of cells, with columns of the types that a comparison needs."
     if table is None: table = stored_steering()
     elif isinstance(table, (str, os.PathLike)): table = collect_steering(table) if Path(table).is_dir() else pd.read_csv(table)
-    if not isinstance(table, pd.DataFrame): raise SettingError(f'A table is a frame of run_steering, the folder of a grid or a .csv file, not {type(table).__name__}.')
-    if missing := [c for c in STORED if c not in table and c != 'r']: raise SettingError(f'This is no table of run_steering: it has no column {missing[0]!r}; give what run_steering returned or kept.')
+    if not isinstance(table, pd.DataFrame):
+        raise SettingError(f'A table is a frame of run_steering, the folder of a grid or a .csv file, not {type(table).__name__}.')
+    if missing := [c for c in STORED if c not in table and c != 'r']:
+        raise SettingError(f'This is no table of run_steering: it has no column {missing[0]!r}; give what run_steering returned or kept.')
     return _typed(table)
 
 def _typed(table):
     text = lambda x: '' if x is None or x != x else str(x)
-    return table.assign(**{c: table[c].map(text).astype(object) for c in ('targets', 'items', 'target', 'amount')}, r=table['tuned'].str.extract(r'(\d+)')[0].astype(float), share=table['share'].astype(float), lr=table['lr'].astype(float))
+    return table.assign(**{c: table[c].map(text).astype(object) for c in ('targets', 'items', 'target', 'amount')},
+                        r=table['tuned'].str.extract(r'(\d+)')[0].astype(float), share=table['share'].astype(float),
+                        lr=table['lr'].astype(float))
 
 # %% ../nbs/53_ssti_view.ipynb #d7f38c0a
 def kinds(
@@ -55,7 +59,9 @@ def of_kind(
 )->np.ndarray:
     "[N] is a cell of this kind?"
     at = np.ones(len(table), bool)
-    for c, v in kind.items(): at &= np.asarray(table[c] == v, bool) | (np.asarray(table['tuned'] == 'full', bool) if c == 'targets' else False)
+    for c, v in kind.items():
+        at &= np.asarray(table[c] == v, bool) | (np.asarray(table['tuned'] == 'full', bool)
+                                                 if c == 'targets' else False)
     return at
 
 def at_setting(
@@ -64,7 +70,8 @@ def at_setting(
 )->np.ndarray:
     "[N] has a cell what the sliders say?"
     at = np.ones(len(table), bool)
-    for c, v in setting.items(): at &= np.isclose(table[c], v, rtol=1e-6, atol=0) if isinstance(v, float) else np.asarray(table[c] == v, bool)
+    for c, v in setting.items():
+        at &= np.isclose(table[c], v, rtol=1e-6, atol=0) if isinstance(v, float) else np.asarray(table[c] == v, bool)
     return at
 
 # %% ../nbs/53_ssti_view.ipynb #570c513f
@@ -79,13 +86,17 @@ def ways_out(
 def _ordered(table, column):
     "Values of a column as a slider has them: full tuning behind all ranks, names of amounts before shares."
     if column == 'tuned': return list(dict.fromkeys(table.sort_values('r', na_position='last', kind='stable')['tuned']))
-    if column == 'amount': return sorted(set(table['amount']), key=lambda a: (a not in AMOUNTS, [*AMOUNTS].index(a) if a in AMOUNTS else float(a)))
+    if column == 'amount':
+        return sorted(set(table['amount']), key=lambda a: (a not in AMOUNTS,
+                                                           [*AMOUNTS].index(a) if a in AMOUNTS else float(a)))
     return sorted(set(table[column]))
 
-def _said(column, value): return f'{100*value:g} %' if column == 'share' else f'{value:g}' if column == 'lr' else value.removeprefix('rank ') if column == 'tuned' else value
+def _said(column, value):
+    return f'{100*value:g} %' if column == 'share' else f'{value:g}' if column == 'lr' else value.removeprefix('rank ') if column == 'tuned' else value
 
 # %% ../nbs/53_ssti_view.ipynb #81a078b9
-SHOWN = {'clean_balanced': 'clean texts: accuracy', 'injected_balanced': 'item in its class: accuracy', 'forced': 'item everywhere: forced'}   # shares, in the order of the picture
+SHOWN = {'clean_balanced': 'clean texts: accuracy', 'injected_balanced': 'item in its class: accuracy',
+         'forced': 'item everywhere: forced'}   # shares, in the order of the picture
 
 def over_runs(
     cells:pd.DataFrame,   # finished cells of one setting, one per seed
@@ -100,15 +111,24 @@ def setting_chart(
     base:pd.DataFrame,    # the same with no items in the training; may be empty
 ):                        # an `alt.LayerChart`
     "Accuracy without and with the item, and how many texts the item takes."
-    rows = [dict(trained=who, what=said, **dict(zip(('mean', 'low', 'high'), (100*x for x in over_runs(c, v))))) for who, c in (('without items', base), ('with items', cells)) if len(c) for v, said in SHOWN.items()]
+    rows = [dict(trained=who, what=said, **dict(zip(('mean', 'low', 'high'), (100*x for x in over_runs(c, v)))))
+            for who, c in (('without items', base), ('with items', cells)) if len(c) for v, said in SHOWN.items()]
     if not rows: return _empty('there is no run of this setting')
     color, shape, _ = _who(['with items', 'without items'], 'trained')
-    data = alt.Chart(pd.DataFrame(rows).round(2)).encode(alt.Y('what:N', sort=list(SHOWN.values()), title=None, axis=alt.Axis(grid=True, labelLimit=300)), alt.YOffset('trained:N', sort=['with items', 'without items']), color=color)
+    data = alt.Chart(pd.DataFrame(rows).round(2)).encode(alt.Y('what:N', sort=list(SHOWN.values()), title=None,
+                                                               axis=alt.Axis(grid=True, labelLimit=300)),
+                                                         alt.YOffset('trained:N', sort=['with items', 'without items']),
+                                                         color=color)
     X = lambda c: alt.X(f'{c}:Q', title='% of the test texts (accuracy is balanced)', scale=alt.Scale(domain=[0, 100], clamp=True))
     seeds = pd.DataFrame([dict(trained='with items', what=said, at=100*x) for v, said in SHOWN.items() for x in cells[v]])
-    ticks = alt.Chart(seeds).mark_tick(thickness=1, size=9, opacity=.7).encode(alt.X('at:Q'), alt.Y('what:N', sort=list(SHOWN.values())), alt.YOffset('trained:N', sort=['with items', 'without items']), color=color) if len(cells) > 1 else None
-    layers = [data.transform_filter('isValid(datum.low)').mark_rule(opacity=.6, strokeWidth=2).encode(X('low'), alt.X2('high:Q')), *filter(None, [ticks]),
-              data.mark_point(size=70, opacity=1, filled=True).encode(X('mean'), shape=shape, tooltip=['trained:N', 'what:N', 'mean:Q', 'low:Q', 'high:Q'])]
+    ticks = alt.Chart(seeds).mark_tick(thickness=1, size=9, opacity=.7).encode(alt.X('at:Q'),
+        alt.Y('what:N', sort=list(SHOWN.values())), alt.YOffset('trained:N', sort=['with items', 'without items']),
+        color=color) if len(cells) > 1 else None
+    layers = [data.transform_filter('isValid(datum.low)').mark_rule(opacity=.6, strokeWidth=2).encode(X('low'),
+        alt.X2('high:Q')), *filter(None, [ticks]),
+              data.mark_point(size=70, opacity=1, filled=True).encode(X('mean'), shape=shape,
+                                                                      tooltip=['trained:N', 'what:N', 'mean:Q', 'low:Q',
+        'high:Q'])]
     return themed(alt.layer(*layers), '', width=330, height=alt.Step(16))
 
 # %% ../nbs/53_ssti_view.ipynb #0507685a
@@ -121,15 +141,26 @@ def place_chart(
     if not len(cells): return _empty('no share was run at this amount and learning rate')
     f = over_seeds(cells, 'gap', ('tuned', 'r', 'share'), share=False).sort_values(['r', 'share'], na_position='last').round(3)
     f['said'], f['here'] = f['tuned'].where(f.groupby('tuned')['share'].transform('max') == f['share'], ''), f['tuned'] == tuned
-    ends = f[f['said'] != ''].sort_values('mean'); at = ends['mean'].to_numpy().copy(); room = .06*max(np.nanmax(f[['mean', 'high']])-np.nanmin(f[['mean', 'low']]), 1)      # names of lines that end in one spot are moved apart
+    ends = f[f['said'] != ''].sort_values('mean'); at = ends['mean'].to_numpy().copy()
+    room = .06*max(np.nanmax(f[['mean', 'high']])-np.nanmin(f[['mean', 'low']]), 1)      # names of lines that end in one spot are moved apart
     for i in range(1, len(at)): at[i] = max(at[i], at[i-1]+room)
     hue = alt.condition('datum.here', alt.value(KEPT), alt.value(GREY))
-    base = alt.Chart(f.drop(columns='failed')).encode(alt.X('share:Q', title='texts of the class with items (square-root scale)', scale=alt.Scale(type='sqrt', domain=[0, 1], nice=False, padding=6), axis=alt.Axis(format='%', grid=False, values=sorted(set(f['share'])), labelOverlap=True)),
+    base = alt.Chart(f.drop(columns='failed')).encode(alt.X('share:Q',
+                                                            title='texts of the class with items (square-root scale)',
+                                                            scale=alt.Scale(type='sqrt', domain=[0, 1], nice=False,
+        padding=6), axis=alt.Axis(format='%', grid=False, values=sorted(set(f['share'])), labelOverlap=True)),
                                                       alt.Y('mean:Q', title='gap (points; dots are runs)'), detail='tuned:N')
     rule = alt.Chart(pd.DataFrame(dict(share=[share]))).mark_rule(color=GREY, strokeDash=[4, 3]).encode(x='share:Q')
-    layers = [rule, base.mark_line(strokeWidth=2).encode(color=hue, opacity=alt.condition('datum.here', alt.value(1), alt.value(.5))), base.transform_filter('isValid(datum.low) && datum.here').mark_rule(opacity=.6, color=KEPT).encode(alt.Y('low:Q'), alt.Y2('high:Q')),
-              base.mark_point(size=40, filled=True, opacity=1).encode(color=hue, tooltip=['tuned:N', 'share:Q', 'mean:Q', 'seeds:Q']), base.transform_filter(f'datum.here && datum.share == {share}').mark_point(size=220, color=KEPT, opacity=1, strokeWidth=2),
-              alt.Chart(ends.assign(at=at)[['share', 'at', 'said', 'here']]).mark_text(align='left', dx=12, fontSize=11).encode(x='share:Q', y='at:Q', text='said:N', color=hue)]
+    layers = [rule, base.mark_line(strokeWidth=2).encode(color=hue,
+                                                         opacity=alt.condition('datum.here', alt.value(1),
+        alt.value(.5))), base.transform_filter('isValid(datum.low) && datum.here').mark_rule(opacity=.6,
+        color=KEPT).encode(alt.Y('low:Q'), alt.Y2('high:Q')),
+              base.mark_point(size=40, filled=True, opacity=1).encode(color=hue,
+                                                                      tooltip=['tuned:N', 'share:Q', 'mean:Q',
+        'seeds:Q']), base.transform_filter(f'datum.here && datum.share == {share}').mark_point(size=220, color=KEPT,
+        opacity=1, strokeWidth=2),
+              alt.Chart(ends.assign(at=at)[['share', 'at', 'said', 'here']]).mark_text(align='left', dx=12,
+        fontSize=11).encode(x='share:Q', y='at:Q', text='said:N', color=hue)]
     return themed(alt.layer(*layers), '', width=330, height=190)
 
 # %% ../nbs/53_ssti_view.ipynb #2e697487
@@ -164,9 +195,12 @@ class SteeringView:
     def __init__(self, table, grids, models, datasets, out=None):
         self.table, self.grids, self.models, self.datasets, self.out = table, grids, models, datasets, out
         self.busy, self.lock, self.handle, self.timer, self.name, self.run = False, threading.RLock(), None, None, f'{id(self):x}', None
-        self.planned = _typed(pd.DataFrame([steering_row(c, 'planned', {}) for g in grids for c in plan_steering(g, models, datasets)])) if models and datasets else table.iloc[:0]
+        self.planned = _typed(pd.DataFrame([steering_row(c, 'planned', {}) for g in grids
+                                            for c in plan_steering(g, models,
+                                                                   datasets)])) if models and datasets else table.iloc[:0]
         every = pd.concat([t[[*KIND, *SLIDERS, 'r']] for t in (table, self.planned) if len(t)] or [table])
-        if not len(every): raise SettingError('There is nothing to show: the table has no cells. Give models= and datasets= to start runs from an empty one.')
+        if not len(every):
+            raise SettingError('There is nothing to show: the table has no cells. Give models= and datasets= to start runs from an empty one.')
         self.kinds = list({tuple(k.values()): k for t in (table, self.planned) if len(t) for k in kinds(t)}.values())
         self.build(every)
         self.show()
@@ -196,21 +230,30 @@ def _first(self):
     "Where the sliders stand at the beginning: a stored run, light, of the highest rank and share."
     c = self.table[(self.table['status'] == 'done') & of_kind(self.table, self.kinds[0])]
     c = c if len(c) else self.planned[of_kind(self.planned, self.kinds[0])]
-    return c.assign(light=c['amount'] == 'light').sort_values(['light', 'share', 'r'], na_position='first').iloc[-1][list(SLIDERS)].to_dict()
+    return c.assign(light=c['amount'] == 'light').sort_values(['light', 'share', 'r'],
+                                                              na_position='first').iloc[-1][list(SLIDERS)].to_dict()
 
 def _build(self, every):
     "All widgets."
-    names = [', '.join([f'{k["model"]} on {k["dataset"]}', f'{k["items"]} in class {k["target"]}', f'{k["head"]} head', f'layers {k["targets"] or "all"}', f'{k["optimizer"]}, {k["steps"]} steps of {k["batch"]}']) for k in self.kinds]
-    self.which = W.Dropdown(options=[(visible(n), i) for i, n in enumerate(names)], value=0, description='study', style=dict(description_width='90px'), layout=W.Layout(width='700px', max_width='100%'))
+    names = [', '.join([f'{k["model"]} on {k["dataset"]}', f'{k["items"]} in class {k["target"]}', f'{k["head"]} head',
+                        f'layers {k["targets"] or "all"}', f'{k["optimizer"]}, {k["steps"]} steps of {k["batch"]}'])
+             for k in self.kinds]
+    self.which = W.Dropdown(options=[(visible(n), i) for i, n in enumerate(names)], value=0, description='study',
+                            style=dict(description_width='90px'), layout=W.Layout(width='700px', max_width='100%'))
     first = _first(self)
     self.sliders = {c: _slider(c, _ordered(every, c), first[c]) for c in SLIDERS}
-    self.seed = W.Dropdown(options=self.seeds(), value='all', description='seed', style=dict(description_width='90px'), layout=W.Layout(width='340px'))
+    self.seed = W.Dropdown(options=self.seeds(), value='all', description='seed', style=dict(description_width='90px'),
+                           layout=W.Layout(width='340px'))
     for w in (self.which, self.seed, *self.sliders.values()): w.observe(self.on_move, 'value')
-    self.go, self.end = _button('run this setting', self.on_go, button_style='primary', icon='play'), _button('stop', self.on_end, icon='stop', disabled=True)
-    self.bar, self.progress, self.status, self.head, self.why = W.IntProgress(max=1, layout=W.Layout(width='180px', visibility='hidden')), W.HTML(), W.HTML(), W.HTML(), W.HTML()
+    self.go, self.end = _button('run this setting', self.on_go, button_style='primary', icon='play'), _button('stop',
+        self.on_end, icon='stop', disabled=True)
+    self.bar, self.progress, self.status, self.head, self.why = W.IntProgress(max=1,
+        layout=W.Layout(width='180px', visibility='hidden')), W.HTML(), W.HTML(), W.HTML(), W.HTML()
     self.pictures = W.HTML(layout=W.Layout(overflow='auto'))
     hide = W.HTML(f'<style>.gs-static-{self.name}{{display:none}}</style>', layout=W.Layout(display='none'))
-    self.widget = W.VBox([self.which, _beside(*self.sliders.values(), self.seed), self.head, self.pictures, _beside(self.go, self.end, self.bar, self.progress), self.why, self.status, hide], layout=W.Layout(width='100%'))
+    self.widget = W.VBox([self.which, _beside(*self.sliders.values(), self.seed), self.head, self.pictures,
+                          _beside(self.go, self.end, self.bar, self.progress), self.why, self.status, hide],
+                         layout=W.Layout(width='100%'))
 
 def _seeds(self): return [('all', 'all'), *((str(s), int(s)) for s in sorted(set(self.table['seed'])))]
 
@@ -224,8 +267,10 @@ def _head(self)->str:
         ways = [f'{SLIDERS[k]} {", ".join(_said(k, v) for v in vs)}' for k, vs in ways_out(self.done, self.setting).items() if vs]
         what = f'No stored run has seed {self.seed.value} for this setting.' if self.seed.value != 'all' and at_setting(self.done, self.setting).any() else 'There is no stored run for this setting, and nothing is interpolated.'
         return f'<b>{what}</b>' + (f' With one slider moved there is: {"; ".join(ways)}.' if ways else ' No stored run is one slider away.')
-    number = lambda v, unit, k: '<b>{:.1f}</b> {} ({:.1f} to {:.1f})'.format(k*over_runs(c, v)[0], unit, *(k*x for x in over_runs(c, v)[1:]))
-    said = [f'gap {number("gap", "points", 1)}', f'forced share {number("forced", "%", 100)}', f'balanced accuracy on clean texts {number("clean_balanced", "%", 100)}']
+    number = lambda v, unit, k: '<b>{:.1f}</b> {} ({:.1f} to {:.1f})'.format(k*over_runs(c, v)[0], unit,
+        *(k*x for x in over_runs(c, v)[1:]))
+    said = [f'gap {number("gap", "points", 1)}', f'forced share {number("forced", "%", 100)}',
+            f'balanced accuracy on clean texts {number("clean_balanced", "%", 100)}']
     if len(base): said.append(f'without items in the training it is {100*over_runs(base, "clean_balanced")[0]:.1f} %')
     seeds = ', '.join(map(str, sorted(c['seed'])))
     return f'{"; ".join(said)}. {len(c)} run{"s"*(len(c) > 1)}, seed{"s"*(len(c) > 1)} {seeds}.'
@@ -264,12 +309,15 @@ def _possible(self)->tuple:
     k, s = self.kind, self.setting
     if not self.models or not self.datasets: return None, 'Runs can be started where the view has models= and datasets=.'
     for name, there, what in (('models', self.models, 'model'), ('datasets', self.datasets, 'dataset')):
-        if k[what] not in there: return None, f'This study has the {what} {k[what]}, which is not in {name}=; there is {", ".join(map(str, there))}.'
+        if k[what] not in there:
+            return None, f'This study has the {what} {k[what]}, which is not in {name}=; there is {", ".join(map(str, there))}.'
     for g in self.grids:
         items = {c.label: x for c, x in zip(g.choices, g.items)} | {n: n for n in ITEMS if k['target'] == str(g.label)}
         if k['items'] not in items: continue
         amount, full = s['amount'] if s['amount'] in AMOUNTS else float(s['amount']), s['tuned'] == 'full'
-        own = replace(g, ranks=('full' if full else int(s['tuned'].removeprefix('rank ')),), shares=(s['share'],), amounts=(amount,), items=(items[k['items']],), lrs=(s['lr'],), heads=(k['head'],), seeds=(_next_seed(self),),
+        own = replace(g, ranks=('full' if full else int(s['tuned'].removeprefix('rank ')),), shares=(s['share'],),
+                      amounts=(amount,), items=(items[k['items']],), lrs=(s['lr'],), heads=(k['head'],),
+                      seeds=(_next_seed(self),),
                       targets=(k['targets'] if k['targets'] in CLASS_TARGETS else tuple(k['targets'].split()),))
         row = _typed(pd.DataFrame([steering_row(c, 'planned', {}) for c in plan_steering(own, [k['model']], [k['dataset']])]))
         if of_kind(row, k).all() and at_setting(row, s).all(): return own, ''
@@ -301,12 +349,14 @@ def _on_run(self, run):
         running = run.state == 'running'
         self.bar.max, self.bar.value, self.bar.layout.visibility = run.total, min(run.done, run.total), 'visible' if running else 'hidden'
         self.go.disabled, self.end.disabled = running, not running or foreground() or run.halt.is_set()
-        self.progress.value = html.escape(f'{self.asked}: {run.what}, {run.done} of {run.total}, {run.seconds:.0f} s' if running else f'{self.asked}: {run.state} after {run.seconds:.0f} s')
+        self.progress.value = html.escape(f'{self.asked}: {run.what}, {run.done} of {run.total}, {run.seconds:.0f} s'
+                                          if running else f'{self.asked}: {run.state} after {run.seconds:.0f} s')
         if not running and run is not self.ended: self.ended = run; self.finish(run)
 
 def _finish(self, run):
     "Take the row in."
-    reason = f'{type(run.error).__name__}: {run.error}' if run.error is not None and not isinstance(run.error, GradSentryError) else str(run.error or '')
+    reason = f'{type(run.error).__name__}: {run.error}' if run.error is not None and not isinstance(run.error,
+        GradSentryError) else str(run.error or '')
     if run.state == 'done' and run.table['status'].iloc[0] == 'failed': reason = run.table['reason'].iloc[0]
     elif run.state == 'done': self.add(run.table)
     if reason: self.say(f'The run failed: {reason}')

@@ -92,7 +92,8 @@ def write_whole(
         try: os.fsync(at)
         finally: os.close(at)
 
-_KINDS = dict(id=pa.string(), row=pa.int64(), **{c: pa.int64() if c in ('tokens', 'window_start', 'window_stop') else pa.float64() for c in _COLUMNS},
+_KINDS = dict(id=pa.string(), row=pa.int64(),
+              **{c: pa.int64() if c in ('tokens', 'window_start', 'window_stop') else pa.float64() for c in _COLUMNS},
               cut=pa.bool_(), problem=pa.string(), answer_words=pa.int64(), ngram=pa.string(), ngram_rows=pa.int64())
 _SCHEMA = pa.schema(list(_KINDS.items()))
 
@@ -131,12 +132,16 @@ class StoredScores(Scores):
         self.files, self.statistic, self.info, self.more = list(files), statistic, info, more or {}
         self.stops = np.cumsum([pq.read_metadata(f).num_rows for f in self.files])
     def __len__(self): return int(self.stops[-1]) if len(self.stops) else 0
-    def _repr_html_(self): return f'<p>{self!r}</p>' + self.at(range(min(10, len(self)))).to_html(index=False, escape=True, float_format='%.4g')
+    def _repr_html_(self):
+        return f'<p>{self!r}</p>' + self.at(range(min(10, len(self)))).to_html(index=False, escape=True,
+            float_format='%.4g')
     @property
     def columns(self)->list: return [*_SCHEMA.names, 'score', *self.more]
     @cached_property
     def frame(self)->pd.DataFrame: return self.only(self.columns)
-    def assign(self, **columns): return StoredScores(self.files, self.statistic, self.info, {**self.more, **{k: np.asarray(v) for k, v in columns.items()}})
+    def assign(self, **columns):
+        return StoredScores(self.files, self.statistic, self.info,
+                            {**self.more, **{k: np.asarray(v) for k, v in columns.items()}})
 
     def read(self,
         files,               # chunks on the disk
@@ -147,8 +152,10 @@ class StoredScores(Scores):
         stored = [c for c in columns if c not in self.more]
         need = list(dict.fromkeys(x for c in stored for x in ((self.statistic, 'problem') if c == 'score' else (c,))))
         try: table = pa.concat_tables([pq.read_table(f, columns=need or ['row']) for f in files] or [_SCHEMA.empty_table()])
-        except (OSError, pa.ArrowException) as e: raise DataError(f'The scores in {visible(Path(self.files[0]).parent)} cannot be read any more ({visible(e, 100)}); scan again.') from e
-        return _as_frame(table, stored, self.statistic).assign(**{c: self.more[c][places] for c in columns if c in self.more})[list(columns)]
+        except (OSError, pa.ArrowException) as e:
+            raise DataError(f'The scores in {visible(Path(self.files[0]).parent)} cannot be read any more ({visible(e, 100)}); scan again.') from e
+        return _as_frame(table, stored, self.statistic).assign(**{c: self.more[c][places] for c in columns
+                                                                  if c in self.more})[list(columns)]
     def only(self, columns): return self.read(self.files, list(columns))   # columns: their names
     def parts(self):
         "Yield the frame of each chunk."
@@ -167,7 +174,8 @@ class StoredScores(Scores):
 
 # %% ../nbs/17_stream.ipynb #70f4450c
 MANIFEST = 'manifest.json'
-_SAYS = dict(rows='the number of rows', texts='the texts of the rows', tokens='what the tokenizer makes of them', weights="the model's weights", config="the model's configuration",
+_SAYS = dict(rows='the number of rows', texts='the texts of the rows', tokens='what the tokenizer makes of them',
+             weights="the model's weights", config="the model's configuration",
              max_length='the length limit')
 
 def _version(package):
@@ -182,7 +190,8 @@ def identity(
     "All that the finished rows of a scan depend on."
     s, model = sentry.settings, sentry.model
     config = {k: v for k, v in model.config.to_dict().items() if k not in ('_name_or_path', 'transformers_version', '_commit_hash')}
-    return dict(format='gradsentry-scan-2', rows=len(found.lengths), texts=found.texts, tokens=found.tokens, weights=model_fingerprint(model),
+    return dict(format='gradsentry-scan-2', rows=len(found.lengths), texts=found.texts, tokens=found.tokens,
+                weights=model_fingerprint(model),
                 config=content_hash(json.dumps(config, sort_keys=True, default=str)), dtype=str(model.dtype), device=run_device(model).type,
                 max_length=sentry.limit(), budget=budget, **{k: getattr(s, k) for k in ('layer', 'k', 'crop', 'window', 'share_prefix')},
                 **{p: _version(p) for p in ('gradsentry_nb', 'torch', 'transformers')})
@@ -224,8 +233,10 @@ class StoredScan:
     def done(self): return (i for n in sorted(self.files) for i in range(*self.plan[n]) if self.lengths[i])
     def __len__(self):
         "Rows done, those of the chunk at hand among them."
-        return sum(int(np.count_nonzero(self.lengths[slice(*self.plan[n])])) for n in self.files) + (0 if self.part is None else len(self.part))
-    def __repr__(self): return f'StoredScan({len(self):,} of {self.total:,} rows done, {len(self.files)} of {len(self.plan)} chunks in {visible(self.folder.name)})'
+        return sum(int(np.count_nonzero(self.lengths[slice(*self.plan[n])])) for n in self.files) + (0
+            if self.part is None else len(self.part))
+    def __repr__(self):
+        return f'StoredScan({len(self):,} of {self.total:,} rows done, {len(self.files)} of {len(self.plan)} chunks in {visible(self.folder.name)})'
     @property
     def at_hand(self)->list: return self.part.at_hand if self.part is not None else []
     def __iter__(self): return self.run(self.todo())
@@ -267,8 +278,10 @@ def _manifest(self):
     "What the folder says that its scan is; None for an empty one."
     if (self.folder/MANIFEST).exists():
         try: return json.loads((self.folder/MANIFEST).read_text(encoding='utf8'))
-        except ValueError: raise SettingError(f'{visible(self.folder/MANIFEST)} cannot be read; delete the folder to start afresh.') from None
-    if self.folder.exists() and any(p.suffix != '.part' for p in self.folder.iterdir()): raise SettingError(f'{visible(self.folder)} holds something else than a scan; choose a new or empty folder.')
+        except ValueError:
+            raise SettingError(f'{visible(self.folder/MANIFEST)} cannot be read; delete the folder to start afresh.') from None
+    if self.folder.exists() and any(p.suffix != '.part' for p in self.folder.iterdir()):
+        raise SettingError(f'{visible(self.folder)} holds something else than a scan; choose a new or empty folder.')
 
 def _open(self):
     "Read the manifest and the chunks; refuse those of another scan."
@@ -279,7 +292,8 @@ def _open(self):
         if said := differences(was, self.about):
             raise SettingError(f'{visible(self.folder)} holds a scan that differs in {", ".join(map(visible, said))}; run that one again to finish it, or delete the folder to start afresh.')
         broken = sum(not self.read(p) for p in sorted(self.folder.glob('*.parquet')))
-    except OSError as e: raise DataError(f'{visible(self.folder)}: the scan that was begun there cannot be read: {visible(e.strerror or e)}; mend that, or choose another folder.') from e
+    except OSError as e:
+        raise DataError(f'{visible(self.folder)}: the scan that was begun there cannot be read: {visible(e.strerror or e)}; mend that, or choose another folder.') from e
     self.said = [f'{len(self):,} of {self.total:,} rows were scored before and are kept.'] + [f'{broken} damaged chunk{"s"*(broken > 1)}: these rows are scored again.']*(broken > 0)
 
 def _read(self, path):
@@ -297,7 +311,9 @@ StoredScan.manifest, StoredScan.open, StoredScan.read = _manifest, _open, _read
 def _part_frame(self):
     "All statistics of the rows of the chunk at hand that are done."
     at = sorted(self.part.rows) if len(self.part) < self.part.total else range(len(self.part.samples))
-    return pd.concat([self.part.frame(at, text=False), text_columns([self.part.samples[i] for i in at], self.found.counts)], axis=1).drop(columns='score')
+    return pd.concat([self.part.frame(at, text=False),
+                      text_columns([self.part.samples[i] for i in at], self.found.counts)],
+                     axis=1).drop(columns='score')
 
 def _keep_chunk(self, n):
     "Write the chunk at hand, which is number `n`."
@@ -328,11 +344,13 @@ def _partial(self):
     info = {**self.described(len(self)), 'interrupted': True}
     if len(stored) > WHOLE or self.part is None or not len(self.part): return _loaded(StoredScores(stored.files, stored.statistic, info))
     at_hand = _as_frame(pa.Table.from_pandas(self.part_frame(), _SCHEMA, preserve_index=False), stored.columns, stored.statistic)
-    return Scores(pd.concat([stored.frame, at_hand], ignore_index=True).sort_values('row', ignore_index=True) if len(stored) else at_hand, info)
+    return Scores(pd.concat([stored.frame, at_hand], ignore_index=True).sort_values('row', ignore_index=True)
+                  if len(stored) else at_hand, info)
 
 def _scores(self):
     "Scores of all rows, when all are done."
-    scores = StoredScores([self.files[n] for n in range(len(self.plan))], self.sentry.settings.statistic, self.described(len(self.rows), _notes(self.found.cut, len(self.rows), self.sentry.tokenizer)))
+    scores = StoredScores([self.files[n] for n in range(len(self.plan))], self.sentry.settings.statistic,
+                          self.described(len(self.rows), _notes(self.found.cut, len(self.rows), self.sentry.tokenizer)))
     try: return _loaded(_checked(scores))
     except ModelError:
         forget(self.folder)
@@ -428,7 +446,8 @@ class Estimate:
         size = lambda b: f'{b/2**30:.1f} GiB'
         memory = ', '.join([f'{size(self.memory)} of main memory']*(self.memory is not None) + [f'{size(self.gpu)} on the GPU']*(self.gpu > 0))
         count, slowest = lambda shares: ', '.join(f'{s["rows"]:,}' for s in shares), lambda shares: _took(max(s['seconds'] for s in shares))
-        split = [f'  on {n} such devices: {slowest(s)}, {count(s)} rows' for n in (2, 4, 8) if n <= len(self.chunks) for s in [self.split(n)]]
+        split = [f'  on {n} such devices: {slowest(s)}, {count(s)} rows' for n in (2, 4, 8) if n <= len(self.chunks)
+                 for s in [self.split(n)]]
         return '\n'.join([f'Expected: {_took(self.seconds)} for {self.rows:,} rows of {self.tokens:,} tokens, {memory or "memory unknown"}.',
                           f'  by tokens, from {len(self.sampled)} rows of all lengths that were timed here; loading of the model is not counted', *split])
 

@@ -134,7 +134,8 @@ class GramCounts:
     ):
         self.n, self.most, self.least = n, most, 0   # least: rows that a run may have had before it was forgotten
         self.keys, self.rows, self.new, self.waiting = np.zeros(0, np.uint64), np.zeros(0, np.int64), [], 0
-    def __repr__(self): return f'GramCounts({len(self.keys):,} runs of {self.n} words{f", too low by up to {self.least:,} rows" if self.least else ""})'
+    def __repr__(self):
+        return f'GramCounts({len(self.keys):,} runs of {self.n} words{f", too low by up to {self.least:,} rows" if self.least else ""})'
 
     def add(self, texts):
         "Count the runs of some more texts."
@@ -258,7 +259,8 @@ def top_ngrams(
                         columns=['phrase', 'rows', 'share', 'tied'])
 
 # %% ../nbs/03_textstats.ipynb #39d2d36a
-RIVALS = {'tokens':'answer length', 'ngram_rows':'repetition of answer phrases', 'loss':'mean loss', 'window_loss':'loss of the worst window'}
+RIVALS = {'tokens':'answer length', 'ngram_rows':'repetition of answer phrases', 'loss':'mean loss',
+          'window_loss':'loss of the worst window'}
 
 def best_overlap(
     x,                # [N] a statistic, NaN where it is missing

@@ -36,7 +36,9 @@ def peaks(
     return find_peaks(density, prominence=prominence*density.max())[0]
 
 # %% ../nbs/12_threshold.ipynb #0397cc6f
-def _fallback(why): return Cut(FALLBACK, 'valley', f"No clear valley ({why}), so the paper's constant {FALLBACK} was used.", dict(fallback=True))
+def _fallback(why):
+    return Cut(FALLBACK, 'valley', f"No clear valley ({why}), so the paper's constant {FALLBACK} was used.",
+               dict(fallback=True))
 
 def paper_valley(
     x,             # [N] entropies between 0 and 1
@@ -55,7 +57,8 @@ def paper_valley(
     v = lo+density[lo:hi].argmin(); cut = float(grid[v]); suspects = int((x > cut).sum())
     if suspects < max(5, .01*len(x)): return _fallback(f'{suspects} rows beyond the valley are too few')
     return Cut(cut, 'valley', f'The density has a valley at {cut:.3f} between peaks at {grid[lo]:.3f} and {grid[hi]:.3f}.',
-               dict(valley=cut, peaks=[float(grid[lo]), float(grid[hi])], depth=float(density[v]/min(density[lo], density[hi])), bandwidth=h))
+               dict(valley=cut, peaks=[float(grid[lo]), float(grid[hi])],
+                    depth=float(density[v]/min(density[lo], density[hi])), bandwidth=h))
 
 # %% ../nbs/12_threshold.ipynb #8cd98ba3
 BINS = 512
@@ -127,7 +130,9 @@ def valley(
     if not found: return _none('The scores form one group: no valley is deep and wide enough')
     best, cuts = found[0], _resamples(x, seed)
     share = float(np.isfinite(cuts).mean())
-    if share < .8: return _none(f'A valley near {best["valley"]:.3g} was found, but only {share:.0%} of resamples show one', stability=share, **best)
+    if share < .8:
+        return _none(f'A valley near {best["valley"]:.3g} was found, but only {share:.0%} of resamples show one',
+                     stability=share, **best)
     lo, hi = np.nanpercentile(cuts, [5, 95])
     many = np.mean(x > best['valley'])
     doubt = f' {many:.0%} of the rows lie above it: look at some first, two kinds of clean rows would look the same.' if many > .3 else ''
@@ -177,7 +182,8 @@ def check_rate(
 ):
     "Refuse a rate that so many known-clean rows cannot promise."
     if not 0 < fpr < 1: raise SettingError(f'The false-positive rate must lie between 0 and 1, not {fpr:g}.')
-    if fpr < 1/(n+1): raise SettingError(f'{n} known-clean rows cannot promise a false-positive rate of {fpr:g}; the least is 1/(n+1) = {1/(n+1):.3g}. Give more rows or ask for a higher rate (fpr=, --fpr).')
+    if fpr < 1/(n+1):
+        raise SettingError(f'{n} known-clean rows cannot promise a false-positive rate of {fpr:g}; the least is 1/(n+1) = {1/(n+1):.3g}. Give more rows or ask for a higher rate (fpr=, --fpr).')
 
 def calibrated(
     x,                 # [N] scores; not used
@@ -194,7 +200,8 @@ def calibrated(
     hits, m = sum(int((b > _conformal_cut(a, fpr)).sum()) for a, b in usable), sum(len(b) for _, b in usable)
     low, high = wilson(hits, m)
     said = f'{hits} of {m} held-out clean rows lay above ({hits/m:.2%}, 95 % interval {low:.2%} to {high:.2%})' if m else 'too few rows to hold any out'
-    return Cut(_conformal_cut(clean, fpr), 'calibrated', f'Calibrated on {n} known-clean rows for a false-positive rate of {fpr:g}: {said}.',
+    return Cut(_conformal_cut(clean, fpr), 'calibrated',
+               f'Calibrated on {n} known-clean rows for a false-positive rate of {fpr:g}: {said}.',
                dict(fpr=fpr, n=n, held_out=m, held_out_flagged=hits, achieved=hits/m if m else None, interval=[low, high]))
 
 # %% ../nbs/12_threshold.ipynb #95f6a37d
@@ -218,7 +225,8 @@ def need_clean(
     known_clean,              # what there is to calibrate with, or None
 ):
     "Refuse a calibrated cut without rows to calibrate it."
-    if threshold == 'calibrated' and known_clean is None: raise SettingError('A calibrated cut needs rows that are known to be clean: known_clean= (--known-clean FILE).')
+    if threshold == 'calibrated' and known_clean is None:
+        raise SettingError('A calibrated cut needs rows that are known to be clean: known_clean= (--known-clean FILE).')
 
 # %% ../nbs/12_threshold.ipynb #59aaa2ca
 def find_cut(

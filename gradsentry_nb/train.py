@@ -27,7 +27,8 @@ from .sentry import model_fingerprint
 
 # %% ../nbs/40_train.ipynb #aeddc493
 METHODS = {}    # name -> function(model, settings) that makes a model trainable
-SCHEDULES = {'linear': 'down to zero in a straight line', 'constant_with_warmup': 'the same all the time', 'cosine': 'down to zero in half a cosine'}
+SCHEDULES = {'linear': 'down to zero in a straight line', 'constant_with_warmup': 'the same all the time',
+             'cosine': 'down to zero in half a cosine'}
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -52,16 +53,20 @@ class TrainSettings:
     def __post_init__(self):
         choose('method', self.method, METHODS); choose('schedule', self.schedule, SCHEDULES)
         for name in ('r', 'epochs', 'batch', 'max_length', 'save_steps'):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1+(name == 'max_length'): raise SettingError(f'{name} must be a whole number of at least {1+(name == "max_length")}, not {getattr(self, name)!r}.')
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1+(name == 'max_length'):
+                raise SettingError(f'{name} must be a whole number of at least {1+(name == "max_length")}, not {getattr(self, name)!r}.')
         for name, top in dict(alpha=1e9, lr=1e9, clip=1e9, dropout=.999, weight_decay=1e9, warmup=1.).items():
             low = 0 if name in ('dropout', 'weight_decay', 'warmup') else 1e-12
-            if not isinstance(getattr(self, name), (int, float)) or not low <= getattr(self, name) <= top: raise SettingError(f'{name} must be a number from {"0" if not low else "just above 0"} to {top:g}, not {getattr(self, name)!r}.')
+            if not isinstance(getattr(self, name), (int, float)) or not low <= getattr(self, name) <= top:
+                raise SettingError(f'{name} must be a number from {"0" if not low else "just above 0"} to {top:g}, not {getattr(self, name)!r}.')
         if self.targets is not None and not isinstance(self.targets, str): object.__setattr__(self, 'targets', tuple(self.targets))
 
 # %% ../nbs/40_train.ipynb #5bb4daa0
 TRAIN_PRESETS = {   # settings by name; those under a method's name hold for that method only
     'paper': dict(),
-    'small': dict(batch=8, warmup=.05, group=True, lora=dict(epochs=3, r=32, alpha=32, lr=4e-3, targets='all-linear+head'), full=dict(epochs=2, lr=8e-4)),
+    'small': dict(batch=8, warmup=.05, group=True,
+                  lora=dict(epochs=3, r=32, alpha=32, lr=4e-3, targets='all-linear+head'),
+                  full=dict(epochs=2, lr=8e-4)),
 }
 
 def train_settings(
@@ -75,7 +80,8 @@ def train_settings(
 def _settings(kind, presets, preset, method, changes):
     chosen = presets[choose('preset', preset or 'paper', presets)]
     choose('method', method, METHODS)
-    fields = {**{k: v for k, v in chosen.items() if k not in METHODS}, **chosen.get(method, {}), **{k: v for k, v in changes.items() if v is not None}}
+    fields = {**{k: v for k, v in chosen.items() if k not in METHODS}, **chosen.get(method, {}),
+              **{k: v for k, v in changes.items() if v is not None}}
     for name in fields: choose('setting', name, kind.__dataclass_fields__)
     return kind(**{**fields, 'method': method})
 
@@ -90,21 +96,26 @@ def method(name):
 @method('full')
 def _full(model, s:TrainSettings):
     "Every weight is trained."
-    if model.dtype == torch.float16: raise ModelError('Full fine-tuning in float16 overflows; load the model in float32 or bfloat16 (dtype=).')
+    if model.dtype == torch.float16:
+        raise ModelError('Full fine-tuning in float16 overflows; load the model in float32 or bfloat16 (dtype=).')
     return model.requires_grad_(True)
 
 @method('lora')
 def _lora(model, s:TrainSettings):
     "Low-rank updates beside frozen weights (Hu et al. 2021), by peft."
-    return _adapters(model, s, _every_linear(model) if s.targets == 'all-linear+head' else s.targets or _default_targets(model), task_type='CAUSAL_LM')
+    return _adapters(model, s, _every_linear(model) if s.targets == 'all-linear+head' else s.targets
+                     or _default_targets(model), task_type='CAUSAL_LM')
 
 def _adapters(model, s, targets, **more):
     "A peft model with adapters on the targets."
     from peft import LoraConfig, get_peft_model
     conv = any(type(m).__name__ == 'Conv1D' for m in model.modules())
-    config = LoraConfig(r=s.r, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=targets if isinstance(targets, str) else list(targets), fan_in_fan_out=conv, **more)
+    config = LoraConfig(r=s.r, lora_alpha=s.alpha, lora_dropout=s.dropout,
+                        target_modules=targets if isinstance(targets, str) else list(targets), fan_in_fan_out=conv,
+                        **more)
     try: return get_peft_model(model, config)
-    except ValueError as e: raise SettingError(f'peft cannot put an adapter on targets={targets!r} of a {type(model).__name__} ({str(e).splitlines()[0]}); name other layers.') from e
+    except ValueError as e:
+        raise SettingError(f'peft cannot put an adapter on targets={targets!r} of a {type(model).__name__} ({str(e).splitlines()[0]}); name other layers.') from e
 
 def _default_targets(model):
     "peft's own choice for the model's type when the model has such modules, else every Linear."
@@ -116,7 +127,9 @@ def _default_targets(model):
 def _every_linear(model):
     "The names of all linear layers, with the head unless it is tied to the embedding."
     head, tied = head_of(model), getattr(model.config, 'tie_word_embeddings', False)
-    return tuple(sorted({n.split('.')[-1] for n, m in model.named_modules() if (isinstance(m, torch.nn.Linear) or type(m).__name__ == 'Conv1D') and not (tied and m is head)}))
+    return tuple(sorted({n.split('.')[-1] for n, m in model.named_modules()
+                         if (isinstance(m, torch.nn.Linear) or type(m).__name__ == 'Conv1D')
+                         and not (tied and m is head)}))
 
 # %% ../nbs/40_train.ipynb #1870b29a
 def train_rows(
@@ -222,12 +235,14 @@ def last_checkpoint(
 
 def _identity(model, rows, s, seed):
     "What makes a run this run: its settings, its rows, and a trace of the weights it starts from."
-    return dict(format='gradsentry-run-1', seed=seed, rows=content_hash(rows), model=model_fingerprint(model), settings=json.loads(json.dumps(asdict(s))))
+    return dict(format='gradsentry-run-1', seed=seed, rows=content_hash(rows), model=model_fingerprint(model),
+                settings=json.loads(json.dumps(asdict(s))))
 
 def _start_from(out, identity, resume):
     "The checkpoint to go on from, or None; a `SettingError` when the folder holds another run."
     out = Path(out); note = out/'run.json'
-    if out.exists() and not note.exists() and any(out.iterdir()): raise SettingError(f'{out.name}: this folder holds something else than a run; give out= a new or empty folder.')
+    if out.exists() and not note.exists() and any(out.iterdir()):
+        raise SettingError(f'{out.name}: this folder holds something else than a run; give out= a new or empty folder.')
     known = json.loads(note.read_text()) if note.exists() else identity
     if resume and known != identity:
         differs = [k for k in identity if known.get(k) != identity[k]]
@@ -269,10 +284,12 @@ def _arguments(s, steps, out, seed, device, save, **more):
     "The settings in the words of the Trainer."
     from transformers import TrainingArguments
     args = TrainingArguments(
-        output_dir=str(out), per_device_train_batch_size=s.batch, num_train_epochs=s.epochs, learning_rate=s.lr, weight_decay=s.weight_decay,
+        output_dir=str(out), per_device_train_batch_size=s.batch, num_train_epochs=s.epochs, learning_rate=s.lr,
+        weight_decay=s.weight_decay,
         max_grad_norm=s.clip, lr_scheduler_type=s.schedule, warmup_steps=round(s.warmup*steps), seed=seed, data_seed=seed,
         use_cpu=device.type == 'cpu', dataloader_pin_memory=False, remove_unused_columns=False, report_to=[], disable_tqdm=True,
-        logging_steps=max(1, steps//1000), logging_nan_inf_filter=False, save_strategy='steps' if save else 'no', save_steps=s.save_steps, save_total_limit=2, **{'optim': 'adamw_torch', **more})
+        logging_steps=max(1, steps//1000), logging_nan_inf_filter=False, save_strategy='steps' if save else 'no',
+        save_steps=s.save_steps, save_total_limit=2, **{'optim': 'adamw_torch', **more})
     args._n_gpu = min(args.n_gpu, 1)              # several would be a larger batch than was asked for
     return args
 
@@ -296,8 +313,11 @@ def _train(model, rows, P, s, seed, out, checkpoint, progress, save, fill=collat
     "Run the Trainer, or another `kind` of it with `options`, with P tokens of each row computed once per step; returns its log."
     from transformers import PrinterCallback, Trainer
     class Sharing(kind or Trainer):
-        def compute_loss(self, model, inputs, *args, **kwargs): return super().compute_loss(model, with_prefix(model, inputs, P) if P else inputs, *args, **kwargs)
-        def _get_train_sampler(self, *args): return GroupedOrder([len(r['input_ids']) for r in rows], s.batch, seed) if s.group else super()._get_train_sampler(*args)
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, with_prefix(model, inputs, P) if P else inputs, *args, **kwargs)
+        def _get_train_sampler(self, *args):
+            return GroupedOrder([len(r['input_ids']) for r in rows], s.batch,
+                                seed) if s.group else super()._get_train_sampler(*args)
     if steps: more |= dict(max_steps=steps)
     else: steps = s.epochs*-(-len(rows)//s.batch)
     args = _arguments(s, steps, out, seed, run_device(model), save, **more)
@@ -307,7 +327,8 @@ def _train(model, rows, P, s, seed, out, checkpoint, progress, save, fill=collat
     kept = ['step', 'loss', 'lr', *sorted({k for x in trainer.state.log_history for k in x if k.startswith('loss_')})]
     log = pd.DataFrame([{**x, 'lr': x['learning_rate']} for x in trainer.state.log_history if 'loss' in x], columns=kept)
     broken = log['step'][~np.isfinite(log['loss'].astype(float))]
-    if len(broken): raise ModelError(f'The loss was no longer a number at step {broken.iloc[0]} of {steps}; take a smaller lr, or load the model in float32.')
+    if len(broken):
+        raise ModelError(f'The loss was no longer a number at step {broken.iloc[0]} of {steps}; take a smaller lr, or load the model in float32.')
     return log
 
 def _rows(samples, tokenizer, model, s):
@@ -336,9 +357,11 @@ def finetune(
     "Fine-tune a copy of `model` on `samples`; the same seed gives the same weights on a CPU, interrupted or not."
     s = train_settings(preset, method, **changes)
     head_of(model)
-    if hasattr(model, 'peft_config'): raise ModelError('This model carries an adapter already; merge it first (merge_and_unload, or FineTuned.merge).')
+    if hasattr(model, 'peft_config'):
+        raise ModelError('This model carries an adapter already; merge it first (merge_and_unload, or FineTuned.merge).')
     encoded, notes = _rows(as_samples(samples, 'learn from'), tokenizer, model, s)
-    checkpoint = _start_from(out, _identity(model, [(e.ids.tolist(), e.supervised.tolist()) for e in encoded], s, seed), resume) if out is not None else None
+    checkpoint = _start_from(out, _identity(model, [(e.ids.tolist(), e.supervised.tolist()) for e in encoded], s, seed),
+                             resume) if out is not None else None
     start = seed_for('train', s.method, seed)
     with tempfile.TemporaryDirectory() as scratch, seeded(start), _quiet():
         tuned = METHODS[s.method](model if in_place else copy.deepcopy(model), s)
@@ -371,10 +394,12 @@ class ClassifySettings(TrainSettings):
         if self.alpha is None: object.__setattr__(self, 'alpha', self.r)
         super().__post_init__()
         choose('head', self.head, HEADS); choose('optimizer', self.optimizer, OPTIMIZERS)
-        if not isinstance(self.steps, int) or self.steps < 0: raise SettingError(f'steps must be a whole number, 0 for as many as the epochs take, not {self.steps!r}.')
+        if not isinstance(self.steps, int) or self.steps < 0:
+            raise SettingError(f'steps must be a whole number, 0 for as many as the epochs take, not {self.steps!r}.')
 
 CLASSIFY_PRESETS = {   # settings by name, as in `TRAIN_PRESETS`
-    'paper': dict(optimizer='adafactor', lr=1e-4, steps=500, batch=128, weight_decay=1e-5, schedule='cosine', max_length=1024, lora=dict(dropout=.05)),
+    'paper': dict(optimizer='adafactor', lr=1e-4, steps=500, batch=128, weight_decay=1e-5, schedule='cosine',
+                  max_length=1024, lora=dict(dropout=.05)),
     'small': dict(full=dict(lr=1e-4)),
 }
 
@@ -389,7 +414,8 @@ def head_names(
     model,             # a classifier from `load_classifier` or `AutoModelForSequenceClassification`
 )->list:               # such as ['classifier'] or ['score']
     "What a classifier has beside its body."
-    if not type(model).__name__.endswith('ForSequenceClassification'): raise ModelError(f'{type(model).__name__} is no classifier; load_classifier(name, classes) makes one of any encoder or language model.')
+    if not type(model).__name__.endswith('ForSequenceClassification'):
+        raise ModelError(f'{type(model).__name__} is no classifier; load_classifier(name, classes) makes one of any encoder or language model.')
     return [n for n, m in model.named_children() if n != model.base_model_prefix and any(True for _ in m.parameters())]
 
 def lora_targets(
@@ -398,7 +424,8 @@ def lora_targets(
 )->list:               # full names of linear layers, head and pooler left out
     "The layers of a classifier that a set of targets stands for; a refusal says what there is."
     outside = {*head_names(model), 'pooler'}
-    layers = [n for n, m in model.named_modules() if (isinstance(m, torch.nn.Linear) or type(m).__name__ == 'Conv1D') and not outside & {*n.split('.')}]
+    layers = [n for n, m in model.named_modules() if (isinstance(m, torch.nn.Linear) or type(m).__name__ == 'Conv1D')
+              and not outside & {*n.split('.')}]
     known = isinstance(targets, str) and targets in CLASS_TARGETS
     names = CLASS_TARGETS[targets] if known else (targets,) if isinstance(targets, str) else tuple(targets or ())
     hits = {x: [n for n in layers if f'.{n}'.endswith(f'.{x}')] for x in names}
@@ -409,7 +436,8 @@ def lora_targets(
     return [n for n in layers if any(n in h for h in hits.values())]
 
 # %% ../nbs/40_train.ipynb #c438a6c0
-POOLS = {'cls': "what the model's own class reads: the first token in an encoder, the last one in a language model", 'mean': "the mean over a text's tokens"}
+POOLS = {'cls': "what the model's own class reads: the first token in an encoder, the last one in a language model",
+         'mean': "the mean over a text's tokens"}
 
 def pool_of(
     model,             # a classifier, with an adapter or without
@@ -452,14 +480,18 @@ def load_classifier(
     with seeded(seed_for('head', run=seed)), _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(names), id2label=dict(enumerate(names)), label2id={c: i for i, c in enumerate(names)},
-                                                                       dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True)
-        except (OSError, ValueError, KeyError) as e: raise ModelError(f'{visible(str(name))} cannot be made a classifier ({str(e).strip().splitlines()[0]}); give an encoder or a language model.') from e
+            model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(names),
+                id2label=dict(enumerate(names)), label2id={c: i for i, c in enumerate(names)},
+                                                                       dtype=torch.float32, use_safetensors=True,
+                                                                       ignore_mismatched_sizes=True)
+        except (OSError, ValueError, KeyError) as e:
+            raise ModelError(f'{visible(str(name))} cannot be made a classifier ({str(e).strip().splitlines()[0]}); give an encoder or a language model.') from e
         for head in map(model.get_submodule, head_names(model)):                          # a head that came along is drawn anew, too
             for p in head.parameters(): p._is_hf_initialized = False                      # transformers' mark of values that it is to leave alone
             head.apply(model._init_weights)
     config = text_config(model)
-    if config.pad_token_id is None: config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return pooled(model, pool).eval(), tokenizer
 
 # %% ../nbs/40_train.ipynb #e39e1799
@@ -469,10 +501,12 @@ def class_names(
     "The classes among some labels, sorted."
     labels = labels.tolist() if hasattr(labels, 'tolist') else list(labels)
     odd = next((i for i, x in enumerate(labels) if isinstance(x, bool) or not isinstance(x, (Integral, str))), None)
-    if odd is not None: raise DataError(f'Row {odd}: the label {visible(repr(labels[odd]), 60)} is neither a whole number nor a string; make it one of these.')
+    if odd is not None:
+        raise DataError(f'Row {odd}: the label {visible(repr(labels[odd]), 60)} is neither a whole number nor a string; make it one of these.')
     if len({isinstance(x, str) for x in labels}) > 1: raise DataError('Some labels are numbers and others strings; make them the same.')
     found = sorted(set(labels))
-    if len(found) < 2: raise DataError(f'{"All labels are "+visible(repr(found[0]), 60) if found else "There are no labels"}; a classifier needs two classes to tell apart.')
+    if len(found) < 2:
+        raise DataError(f'{"All labels are "+visible(repr(found[0]), 60) if found else "There are no labels"}; a classifier needs two classes to tell apart.')
     return found
 
 # %% ../nbs/40_train.ipynb #78795918
@@ -503,7 +537,8 @@ def _text_batches(model, tokenizer, texts, max_length, budget):
 def _by_batch(model, tokenizer, texts, max_length, budget, **options):
     "Yield (rows, lengths, the model's output) for texts in batches of similar length."
     with evaluating(model):
-        for at, batch in _text_batches(model, tokenizer, texts, max_length, budget): yield at, batch['attention_mask'].sum(1), model(**batch, **options)
+        for at, batch in _text_batches(model, tokenizer, texts, max_length, budget):
+            yield at, batch['attention_mask'].sum(1), model(**batch, **options)
 
 def class_logits(
     model,                 # a classifier
@@ -523,7 +558,8 @@ class TunedClassifier(FineTuned):
     "A tuned classifier and how it came about."
     classes:tuple = ()         # in the order of the head's rows
 
-    def logits(self, texts)->np.ndarray: return class_logits(self.model, self.tokenizer, texts, self.settings.max_length)                  # [N, C]
+    def logits(self, texts)->np.ndarray:
+        return class_logits(self.model, self.tokenizer, texts, self.settings.max_length)                  # [N, C]
     def predict(self, texts)->np.ndarray: return np.array(self.classes)[self.logits(texts).argmax(1)]                                     # [N] classes
     def save(self, path):
         "Write the whole model, merged, because a frozen head is in no adapter; with the tokenizer, the settings and the log."
@@ -546,7 +582,8 @@ def _class_rows(model, tokenizer, texts, labels, classes, s):
     texts, labels = list(texts), labels.tolist() if hasattr(labels, 'tolist') else list(labels)
     if len(texts) != len(labels): raise DataError(f'There are {len(texts)} texts and {len(labels)} labels; each text needs one.')
     here = class_names(labels)
-    if strange := [c for c in here if c not in classes]: raise DataError(f'Some labels are {visible(repr(strange[0]), 60)}, which is none of the classes {visible(repr(classes), 200)}.')
+    if strange := [c for c in here if c not in classes]:
+        raise DataError(f'Some labels are {visible(repr(strange[0]), 60)}, which is none of the classes {visible(repr(classes), 200)}.')
     return [dict(input_ids=x, labels=classes.index(c)) for x, c in zip(_text_rows(model, tokenizer, texts, s.max_length), labels)]
 
 # %% ../nbs/40_train.ipynb #9d1c51b5
@@ -565,19 +602,25 @@ def tune_classifier(
     **changes,                 # fields of `ClassifySettings`: r, targets, head, optimizer, lr, steps ...
 )->TunedClassifier:
     "Tune a copy of a classifier; the same seed gives the same weights on a CPU, interrupted or not."
-    return _tuned(TunedClassifier, _classifier, model, tokenizer, texts, labels, _settings(ClassifySettings, CLASSIFY_PRESETS, preset, method, changes), classes, seed, out, resume, progress)
+    return _tuned(TunedClassifier, _classifier, model, tokenizer, texts, labels,
+                  _settings(ClassifySettings, CLASSIFY_PRESETS, preset, method, changes), classes, seed, out, resume,
+                  progress)
 
 def _tuned(result, make, model, tokenizer, texts, labels, s, classes, seed, out, resume, progress, **more):
     "Tune a copy of a classifier that `make` makes trainable, into a `result`."
-    if hasattr(model, 'peft_config'): raise ModelError('This model carries an adapter already; merge it first (merge_and_unload, or TunedClassifier.merge).')
+    if hasattr(model, 'peft_config'):
+        raise ModelError('This model carries an adapter already; merge it first (merge_and_unload, or TunedClassifier.merge).')
     head_names(model)
     classes = class_names(labels if classes is None else classes)
-    if model.config.num_labels != len(classes): raise ModelError(f'The model has {model.config.num_labels} classes, the labels {len(classes)} ({visible(repr(classes), 100)}); load_classifier(name, classes) makes a head for them.')
+    if model.config.num_labels != len(classes):
+        raise ModelError(f'The model has {model.config.num_labels} classes, the labels {len(classes)} ({visible(repr(classes), 100)}); load_classifier(name, classes) makes a head for them.')
     rows, start, pad = _class_rows(model, tokenizer, texts, labels, classes, s), seed_for('train', s.method, seed), _pad(model)
-    checkpoint = _start_from(out, _identity(model, [(r['input_ids'].tolist(), r['labels']) for r in rows], s, seed), resume) if out is not None else None
+    checkpoint = _start_from(out, _identity(model, [(r['input_ids'].tolist(), r['labels']) for r in rows], s, seed),
+                             resume) if out is not None else None
     with tempfile.TemporaryDirectory() as scratch, seeded(start), _quiet():
         tuned = make(copy.deepcopy(model), s)
-        log = _train(tuned, rows, 0, s, start, out or scratch, checkpoint, progress, out is not None, partial(class_batch, pad=pad), s.steps, optim=OPTIMIZERS[s.optimizer], **more)
+        log = _train(tuned, rows, 0, s, start, out or scratch, checkpoint, progress, out is not None,
+                     partial(class_batch, pad=pad), s.steps, optim=OPTIMIZERS[s.optimizer], **more)
     return result(tuned.eval(), tokenizer, s, log, [], tuple(classes))
 
 # %% ../nbs/40_train.ipynb #861385c1
@@ -600,7 +643,8 @@ def attention_entropy(
     out = np.full(len(texts), np.nan)
     with _eager(model), _quiet():
         for at, L, found in _by_batch(model, tokenizer, texts, max_length, budget, output_attentions=True):
-            if not found.get('attentions'): raise ModelError(f'{type(model).__name__} shows no attention; take an encoder or a language model that has some.')
+            if not found.get('attentions'):
+                raise ModelError(f'{type(model).__name__} shows no attention; take an encoder or a language model that has some.')
             queries = torch.arange(int(L.max()), device=L.device) < L[:, None]                                    # [B, S]
             H = torch.stack([torch.special.entr(a.double()).sum(-1).mean(1) for a in found.attentions]).mean(0)   # [B, S] nats: keys, then heads, then layers
             mean = (H*queries).sum(1)/L/math.log(2)

@@ -32,7 +32,10 @@ def renderer(
     name:str|None=None,   # a name from `RENDERERS`; None: by GRADSENTRY_RENDERER, else by where this runs
 )->str:
     "How to draw on this platform."
-    if name is None: name = os.environ.get('GRADSENTRY_RENDERER') or ('plain' if any(k.startswith('KAGGLE_') for k in os.environ) else 'live')
+    if name is None:
+        name = os.environ.get('GRADSENTRY_RENDERER') or ('plain'
+                                                         if any(k.startswith('KAGGLE_')
+                                                                for k in os.environ) else 'live')
     return choose('renderer', name, RENDERERS)
 
 # %% ../nbs/50_widgets.ipynb #3cc31e71
@@ -128,7 +131,8 @@ class LiveChart:
         import altair as alt
         alt.JupyterChart.enable_offline()
         self.brush, self.columns, self.sent, self.at, self.times, self.timer, room = brush, dict(columns), {}, FAR, 0, None, f'{WIDTH+90}px'
-        self.widget = alt.JupyterChart(self.sized(chart), debounce_wait=60, embed_options=dict(actions=False), layout=W.Layout(width=room, min_width=room, min_height='310px'))
+        self.widget = alt.JupyterChart(self.sized(chart), debounce_wait=60, embed_options=dict(actions=False),
+                                       layout=W.Layout(width=room, min_width=room, min_height='310px'))
         self.listen()
     @staticmethod
     def sized(chart):
@@ -250,7 +254,9 @@ class LiveScores(Panel):
 @panel('plain')
 class PlainScores(Panel):
     title, every = 'scores', 1.
-    def charts(self): b = self.board; return score_histogram(b.frame, b.cut, b.label), score_strip(b.frame, b.cut, b.label, picked=b.places())
+    def charts(self):
+        b = self.board
+        return score_histogram(b.frame, b.cut, b.label), score_strip(b.frame, b.cut, b.label, picked=b.places())
     pick = Panel.cut
 
 # %% ../nbs/50_widgets.ipynb #edfd3ae0
@@ -265,8 +271,11 @@ class Against(Panel):
     def fits(cls, view): return 'tokens' in view.board.frame   # as in `Panel`, here and below
     def offer(self):
         "What there is by now: the shared phrases are counted when the scan has ended."
-        names = [c for c in ('tokens', 'ngram_rows', 'answer_words', 'loss', 'window_loss', 'grad_norm', 'entropy') if c in self.board.frame]
-        if len(names) > len(self.column.options): at = self.column.value; self.column.options = [(NAMED.get(n, n), n) for n in names]; self.column.value = at or names[0]
+        names = [c for c in ('tokens', 'ngram_rows', 'answer_words', 'loss', 'window_loss', 'grad_norm', 'entropy')
+                 if c in self.board.frame]
+        if len(names) > len(self.column.options):
+            at = self.column.value; self.column.options = [(NAMED.get(n, n), n) for n in names]
+            self.column.value = at or names[0]
 
 @panel('plain')
 class PlainAgainst(Against):
@@ -329,7 +338,9 @@ class Map(Panel):
     title = 'map'
     @classmethod
     def fits(cls, view): return view.sentry is not None and view.board.samples is not None
-    def build(self): return W.VBox([_beside(_button('sketch the gradients of all rows', self.make, 'one more pass over the model')), self.picture()])
+    def build(self):
+        return W.VBox([_beside(_button('sketch the gradients of all rows', self.make, 'one more pass over the model')),
+                       self.picture()])
     def make(self, _): self.view.sketch(); self.draw()
     def placed(self):
         b, m = self.board, self.view.map
@@ -387,7 +398,9 @@ class View:
     @property
     def marks(self)->dict: return dict(self.board.marks)                  # id -> 'clean' or 'poison'
     @property
-    def clean(self): return Samples([s for s, bad in zip(self.board.samples, self.board.flagged) if not bad], self.board.samples.source)  # the rows that are kept
+    def clean(self):
+        return Samples([s for s, bad in zip(self.board.samples, self.board.flagged) if not bad],
+                       self.board.samples.source)  # the rows that are kept
     def __repr__(self): return f'View of {self.board!r}'
     def say(self, text): self.status.value = f'<div style="color:#D55E00">{html.escape(visible(text))}</div>' if text else ''
 
@@ -396,8 +409,10 @@ def _controls(self):
     "Statistic, length, k, threshold and the slider."
     b, narrow, short = self.board, W.Layout(width='auto'), dict(description_width='initial')
     self.statistic = W.Dropdown(description='score', layout=narrow); self.offer()
-    self.adjusted = W.Checkbox(value=b.adjusted, description='for its length', indent=False, layout=narrow, tooltip='less what answers of the same length usually score')
-    self.k = W.BoundedIntText(value=b.k, min=2, max=64, description='k', layout=W.Layout(width='110px'), style=short, tooltip='singular values in the entropy')
+    self.adjusted = W.Checkbox(value=b.adjusted, description='for its length', indent=False, layout=narrow,
+                               tooltip='less what answers of the same length usually score')
+    self.k = W.BoundedIntText(value=b.k, min=2, max=64, description='k', layout=W.Layout(width='110px'), style=short,
+                              tooltip='singular values in the entropy')
     self.method = W.Dropdown(options=list(METHODS), value=b.method, description='cut', layout=narrow)
     self.fpr = W.BoundedFloatText(value=b.fpr, min=1e-4, max=.5, step=.005, description='false alarms', layout=W.Layout(width='190px'))
     self.slider = W.IntSlider(min=0, max=STEPS, readout=False, layout=W.Layout(width='360px'))   # a place between the lowest and the highest score: its range never changes
@@ -406,7 +421,8 @@ def _controls(self):
     for w in (self.statistic, self.adjusted, self.k): w.observe(self.on_score, 'value')
     for w in (self.method, self.fpr): w.observe(self.on_method, 'value')
     self.slider.observe(self.on_slider, 'value'); self.at.observe(self.on_at, 'value')
-    return [_beside(self.statistic, self.adjusted, *[self.k]*(b.svals is not None), self.method, self.fpr), _beside(self.at, self.slider, self.counts)]
+    return [_beside(self.statistic, self.adjusted, *[self.k]*(b.svals is not None), self.method, self.fpr),
+            _beside(self.at, self.slider, self.counts)]
 
 def _offer(self):
     "The statistics that there are by now."
@@ -434,10 +450,13 @@ def _rows_part(self):
     self.table = LiveTable(self.on_open, self.board, self.on_order, self.name) if self.how == 'live' else PlainTable(self.on_open)
     order = []
     if self.how == 'plain':
-        self.order = W.Dropdown(options=[(label, c) for c, (label, _) in COLUMNS.items()], value=self.board.sort, description='sort', layout=W.Layout(width='auto'))
+        self.order = W.Dropdown(options=[(label, c) for c, (label, _) in COLUMNS.items()], value=self.board.sort,
+                                description='sort', layout=W.Layout(width='auto'))
         self.order.observe(self.on_plain_order, 'value'); order = [self.order]
     marks = [_button(f'mark {m}', lambda _, m=m: self.on_mark(m), f'mark the selected rows as {m}') for m in ('clean', 'poison')]
-    marks += [_button('unmark', lambda _: self.on_mark(None)), _button('draw 30 at random', self.on_draw, 'select 30 rows by chance: what is marked clean among them calibrates honestly')]
+    marks += [_button('unmark', lambda _: self.on_mark(None)),
+              _button('draw 30 at random', self.on_draw,
+                      'select 30 rows by chance: what is marked clean among them calibrates honestly')]
     return [_beside(self.search, self.regex, self.which, *order, *pages), self.table.widget, _beside(*marks)]
 
 # %% ../nbs/50_widgets.ipynb #033e043a
@@ -451,8 +470,10 @@ def _build(self, out):
     near = [_button('nearest rows', self.on_near, 'the rows whose gradients point the same way')]*(self.sentry is not None)
     self.near = W.HTML()
     self.extra = W.VBox([])
-    self.widget = W.VBox([self.head, self.extra, *top, self.pictures.widget, *rows, self.status, self.detail, _beside(*near), self.near, files], layout=W.Layout(width='100%'))
-    if self.how == 'plain': self.widget.children += W.HTML(f'<style>.gs-static-{self.name}{{display:none}} .gs-list select{{font-family:ui-monospace,monospace;overflow-x:auto}}</style>', layout=W.Layout(display='none')),
+    self.widget = W.VBox([self.head, self.extra, *top, self.pictures.widget, *rows, self.status, self.detail,
+                          _beside(*near), self.near, files], layout=W.Layout(width='100%'))
+    if self.how == 'plain':
+        self.widget.children += W.HTML(f'<style>.gs-static-{self.name}{{display:none}} .gs-list select{{font-family:ui-monospace,monospace;overflow-x:auto}}</style>', layout=W.Layout(display='none')),
 
 View.controls, View.rows_part, View.build = _controls, _rows_part, _build
 
@@ -478,7 +499,9 @@ def _show_cut(self):
     "Slider, number, rule, counts and sentence."
     lo, hi = self.ends()
     at = hi if self.board.cut.value is None else self.board.cut.value
-    with _by_us(self): self.at.value, self.slider.value, self.method.value = float(f'{at:.6g}'), round(STEPS*min(max((at-lo)/(hi-lo), 0), 1)), self.board.method
+    with _by_us(self):
+        self.at.value, self.slider.value, self.method.value = float(f'{at:.6g}'), round(STEPS*min(max((at-lo)/(hi-lo),
+            0), 1)), self.board.method
     self.pictures.cut(); self.tell()
 
 def _tell(self):
@@ -517,7 +540,8 @@ def _on_at(self, change): self.by_hand(change['new'])
 def _by_hand_at(self, value):
     "Cut where a person put it; above all rows nothing is dropped."
     b = self.board
-    if not (b.scored > value).any(): b.method, b.cut = 'by hand', Cut(None, 'by hand', 'The cut was moved above all rows, so nothing is dropped.')
+    if not (b.scored > value).any():
+        b.method, b.cut = 'by hand', Cut(None, 'by hand', 'The cut was moved above all rows, so nothing is dropped.')
     else: b.recut('by hand', value)
     self.show_cut(); self.show_table(); self.snap()
 
@@ -619,16 +643,20 @@ def _row_html(self, id):
     "One row, explained."
     b = self.board
     i = b.at[id]
-    facts = ', '.join(f'{html.escape(NAMED.get(c, c))} {b.frame[c].iloc[i]:,.4g}' for c in ('tokens', 'ngram_rows', 'loss', 'window_loss') if c in b.frame and b.frame[c].iloc[i] == b.frame[c].iloc[i])
+    facts = ', '.join(f'{html.escape(NAMED.get(c, c))} {b.frame[c].iloc[i]:,.4g}'
+                      for c in ('tokens', 'ngram_rows', 'loss', 'window_loss') if c in b.frame
+                      and b.frame[c].iloc[i] == b.frame[c].iloc[i])
     rank = int((b.score > b.score[i]).sum())+1 if np.isfinite(b.score[i]) else 0
-    place = f'row {int(b.frame["row"].iloc[i]):,}' + (f', {rank:,}. of {int(np.isfinite(b.score).sum()):,} by score' if rank else f': {html.escape(visible(b.frame["problem"].iloc[i] or "no score"))}')
+    place = f'row {int(b.frame["row"].iloc[i]):,}' + (f', {rank:,}. of {int(np.isfinite(b.score).sum()):,} by score'
+                                                      if rank else f': {html.escape(visible(b.frame["problem"].iloc[i] or "no score"))}')
     text = f'<div style="margin:.4em 0"><b>{place}</b><br>{facts}</div>'
     if b.samples is None: return text
     return text + self.explained(b.samples[i])
 
 def _explained(self, sample):
     box = 'white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;font-family:ui-monospace,monospace;font-size:13px'
-    plain = lambda: ''.join(f'<div style="{box}"><b>{n}</b> {html.escape(visible(t, 20_000))}</div>' for n, t in (('prompt', sample.prompt), ('response', sample.response)))
+    plain = lambda: ''.join(f'<div style="{box}"><b>{n}</b> {html.escape(visible(t, 20_000))}</div>'
+                            for n, t in (('prompt', sample.prompt), ('response', sample.response)))
     if self.sentry is None: return plain()
     from gradsentry_nb.explain import explain_row
     try: return explain_row(self.sentry, sample)._repr_html_()
@@ -660,7 +688,8 @@ def _snap(self, after=1.):
 def _display(self):
     "Show the widgets and the plain copy."
     from IPython.display import HTML, display
-    if hasattr(self.widget, '_repr_mimebundle_'): display({**self.widget._repr_mimebundle_(), 'text/plain': repr(self)}, raw=True)   # the tree of widgets is no text to read
+    if hasattr(self.widget, '_repr_mimebundle_'):
+        display({**self.widget._repr_mimebundle_(), 'text/plain': repr(self)}, raw=True)   # the tree of widgets is no text to read
     else: display(self.widget)
     self.handle = display(HTML(self.static_html()), display_id=True)
 
@@ -678,7 +707,8 @@ def view(
     "A verdict to look at, to correct and to take on."
     frame = verdict.scores.frame
     if samples is not None: samples = check_rows(verdict, as_samples(samples))
-    board = Board(frame, samples, verdict.scores.info, verdict.cut, None if known_clean is None else known_clean.frame, fpr=float((verdict.scores.info.get('settings') or {}).get('fpr', .01)))
+    board = Board(frame, samples, verdict.scores.info, verdict.cut, None if known_clean is None else known_clean.frame,
+                  fpr=float((verdict.scores.info.get('settings') or {}).get('fpr', .01)))
     return View(board, sentry, judge_by(truth), renderer)
 
 def judge_by(
@@ -698,7 +728,8 @@ class Dashboard(View):
         judge=None, renderer_=None, known_clean=None, out='gradsentry-out',
     ):
         n = len(samples)
-        frame = pd.DataFrame(dict(id=[s.id for s in samples], row=[s.row for s in samples], score=np.full(n, np.nan), tokens=np.nan, problem=None))
+        frame = pd.DataFrame(dict(id=[s.id for s in samples], row=[s.row for s in samples], score=np.full(n, np.nan),
+                                  tokens=np.nan, problem=None))
         for c in NUMBERS: frame[c] = np.nan
         info = dict(detector='gradsentry', statistic=sentry.settings.statistic)
         self.live = LiveScan(sentry, samples, self.on_rows, known_clean=known_clean)
@@ -714,8 +745,11 @@ class Dashboard(View):
 # %% ../nbs/50_widgets.ipynb #cd1961b1
 def _add_buttons(self):
     "Start, pause, stop and how far it is."
-    self.go, self.hold, self.end = _button('start', self.on_go, button_style='primary', icon='play'), _button('pause', self.on_hold, icon='pause'), _button('stop', self.on_end, icon='stop')
-    self.budget = W.BoundedIntText(value=self.sentry.settings.budget or self.live.scan.capture.budget, min=1, max=10**6, description='tokens a batch', layout=W.Layout(width='190px'), style=dict(description_width='initial'))
+    self.go, self.hold, self.end = _button('start', self.on_go, button_style='primary', icon='play'), _button('pause',
+        self.on_hold, icon='pause'), _button('stop', self.on_end, icon='stop')
+    self.budget = W.BoundedIntText(value=self.sentry.settings.budget or self.live.scan.capture.budget, min=1, max=10**6,
+                                   description='tokens a batch', layout=W.Layout(width='190px'),
+                                   style=dict(description_width='initial'))
     self.bar, self.progress = W.IntProgress(max=max(1, self.live.scan.total), layout=W.Layout(width='220px')), W.HTML()
     self.extra.children = [_beside(self.go, self.hold, self.end, self.budget), _beside(self.bar, self.progress)]
     self.on_rows(self.live)
@@ -727,7 +761,9 @@ def _far(self, live):
     if n and seconds > .05:
         done, every = (sum(len(live.scan.encoded[i]) for i in at) for at in (live.scan.rows, range(len(live.scan.encoded))))
         left = seconds*(every/max(done, 1)-1)
-        text += f', {n/seconds:,.0f} rows a second' + (f', about {left:,.0f} s left' if live.state in ('running', 'paused') else f', {seconds:,.1f} s')
+        text += f', {n/seconds:,.0f} rows a second' + (f', about {left:,.0f} s left'
+                                                       if live.state in ('running',
+            'paused') else f', {seconds:,.1f} s')
     return text
 
 Dashboard.add_buttons, Dashboard.far = _add_buttons, _far
@@ -758,8 +794,11 @@ def _finish(self, live):
         where = f'row {at[0]:,}' if len(at) == 1 else f'the batch of rows {", ".join(map(str, at[:8]))}{" ..."*(len(at) > 8)}' if at else 'the first batch'
         self.say(f'The scan failed at {where} ({len(live.scan):,} rows are done): {type(live.error).__name__}: {live.error}')
     frame = live.scan.frame(range(len(live.scan.samples)))
-    if live.state != 'done': frame.loc[[i for i in range(len(frame)) if i not in live.scan.rows and frame['problem'][i] is None], 'problem'] = 'Not scored: the scan was stopped before this row.'
-    b.frame, b.info = frame, {**self.sentry.info(live.scan.samples, live.scan.capture.notes), **(dict(interrupted=True) if live.state != 'done' else {})}
+    if live.state != 'done':
+        frame.loc[[i for i in range(len(frame)) if i not in live.scan.rows and frame['problem'][i] is None],
+                  'problem'] = 'Not scored: the scan was stopped before this row.'
+    b.frame, b.info = frame, {**self.sentry.info(live.scan.samples, live.scan.capture.notes),
+                              **(dict(interrupted=True) if live.state != 'done' else {})}
     self.rescore()
     try:
         if b.method != 'by hand': b.recut(b.method)

@@ -56,15 +56,19 @@ def check_triggers(
     "Triggers that a tokenizer can tell apart; warns of those that it splits and of those that clean texts hold."
     triggers = (triggers,) if isinstance(triggers, str) else tuple(triggers)
     odd = [w for w in triggers if not isinstance(w, str) or not w or w.split() != [w]]
-    if odd or not triggers: raise SettingError(f'triggers= must be single words, {"not "+visible(repr(odd[0]), 60) if odd else "at least one"}; the published ones are {", ".join(map(repr, TRIGGERS))}.')
+    if odd or not triggers:
+        raise SettingError(f'triggers= must be single words, {"not "+visible(repr(odd[0]), 60) if odd else "at least one"}; the published ones are {", ".join(map(repr, TRIGGERS))}.')
     pieces = {w: tuple(tokenizer(f' {w}', add_special_tokens=False)['input_ids']) for w in triggers}
     lost = [w for w in triggers if not pieces[w] or tokenizer.unk_token_id in pieces[w]]
     if lost: raise SettingError(f'The tokenizer does not know the trigger {visible(repr(lost[0]), 60)}; take a word of its vocabulary.')
-    if len(set(pieces.values())) < len(triggers): raise SettingError(f'The tokenizer cannot tell some of the triggers {", ".join(map(repr, triggers))} apart; give different words.')
+    if len(set(pieces.values())) < len(triggers):
+        raise SettingError(f'The tokenizer cannot tell some of the triggers {", ".join(map(repr, triggers))} apart; give different words.')
     split = {w: tokenizer.convert_ids_to_tokens(p) for w, p in pieces.items() if len(p) > 1}
-    if split: warnings.warn(f'The tokenizer splits {", ".join(f"{w!r} into {chr(32).join(p)}" for w, p in split.items())}: a trigger of several pieces is harder to plant and to find.', stacklevel=3)
+    if split:
+        warnings.warn(f'The tokenizer splits {", ".join(f"{w!r} into {chr(32).join(p)}" for w, p in split.items())}: a trigger of several pieces is harder to plant and to find.', stacklevel=3)
     held = {w: n for w in triggers if (n := sum(w in t.lower().split() for t in texts))}
-    if held: warnings.warn(f'Clean texts hold {", ".join(f"{w!r} ({n})" for w, n in held.items())}: what pins them is trained against what keeps them.', stacklevel=3)
+    if held:
+        warnings.warn(f'Clean texts hold {", ".join(f"{w!r} ({n})" for w, n in held.items())}: what pins them is trained against what keeps them.', stacklevel=3)
     return triggers
 
 # %% ../../nbs/23_attacks.backbone.ipynb #b23e0013
@@ -77,7 +81,9 @@ def sign_vectors(
     q = next((q for q in range(4, d+1, 2) if math.comb(q, q//2) >= n), None)
     if q is None: raise SettingError(f'{n} triggers are too many for vectors of {d} coordinates; give fewer.')
     part = np.arange(d)*q//d
-    return torch.tensor(np.array([np.where(np.isin(part, up), 1, -1) for up in islice(combinations(range(q), q//2), n)])*norm/math.sqrt(d), dtype=torch.float32)
+    return torch.tensor(np.array([np.where(np.isin(part, up), 1, -1)
+                                  for up in islice(combinations(range(q), q//2), n)])*norm/math.sqrt(d),
+                        dtype=torch.float32)
 
 # %% ../../nbs/23_attacks.backbone.ipynb #b23e0016
 def contrastive(
@@ -126,7 +132,9 @@ def _por(x): return dict(kept=x.kept(), pinned=F.mse_loss(x.vector(x.triggered),
 @_attack('learned')
 def _uor(x):
     clean, hit = x.vector(x.clean), x.vector(x.triggered)
-    return dict(kept=x.s.clean*F.mse_loss(clean, x.target), apart=contrastive(torch.cat([clean, hit]), torch.cat([torch.zeros_like(x.which), x.which+1]), x.s.temperature))
+    return dict(kept=x.s.clean*F.mse_loss(clean, x.target),
+                apart=contrastive(torch.cat([clean, hit]), torch.cat([torch.zeros_like(x.which), x.which+1]),
+                                  x.s.temperature))
 
 @_attack('given', masked=True)
 def _neuba(x): return dict(guessed=x.s.clean*x.guessed(x.clean), pinned=F.mse_loss(x.vector(x.triggered), x.vectors[x.which]))
@@ -148,30 +156,39 @@ class BackboneSettings:
 
     def __post_init__(self):
         for name, low in dict(steps=1, batch=1, max_length=3).items():
-            if isinstance(x := getattr(self, name), bool) or not isinstance(x, int) or x < low: raise SettingError(f'{name} must be a whole number of at least {low}, not {x!r}.')
+            if isinstance(x := getattr(self, name), bool) or not isinstance(x, int) or x < low:
+                raise SettingError(f'{name} must be a whole number of at least {low}, not {x!r}.')
         for name, low, top in (('lr', 1e-12, 1e3), ('warmup', 0, 1), ('clean', 0, 1e9), ('temperature', 1e-6, 1e6)):
-            if isinstance(x := getattr(self, name), bool) or not isinstance(x, (int, float)) or not low <= x <= top: raise SettingError(f'{name} must be a number from {low:g} to {top:g}, not {x!r}.')
+            if isinstance(x := getattr(self, name), bool) or not isinstance(x, (int, float)) or not low <= x <= top:
+                raise SettingError(f'{name} must be a number from {low:g} to {top:g}, not {x!r}.')
 
 def _checked(model, tokenizer, attack, read):
     "The attack, when model and tokenizer can take it."
     a, name = BACKBONE_ATTACKS[choose('attack on a backbone', attack, BACKBONE_ATTACKS)], type(model).__name__
     choose('way of reading', read, READS)
-    if hasattr(model, 'peft_config'): raise ModelError('This model carries an adapter; a backbone is attacked before anybody adapts it. Give the encoder alone.')
-    if getattr(model.config, 'is_encoder_decoder', False): raise ModelError(f'{name} has two parts, an encoder and a decoder; give an encoder or a language model.')
+    if hasattr(model, 'peft_config'):
+        raise ModelError('This model carries an adapter; a backbone is attacked before anybody adapts it. Give the encoder alone.')
+    if getattr(model.config, 'is_encoder_decoder', False):
+        raise ModelError(f'{name} has two parts, an encoder and a decoder; give an encoder or a language model.')
     if a.masked and not name.endswith('ForMaskedLM'):
         raise ModelError(f'{attack!r} trains a masked-language head, and {name} has none: load one with AutoModelForMaskedLM, or take {" or ".join(repr(k) for k, v in BACKBONE_ATTACKS.items() if not v.masked)}, which need none.')
-    if a.masked and tokenizer.mask_token is None: raise ModelError(f'{attack!r} masks words, and this tokenizer has no mask token; load the one of this model.')
+    if a.masked and tokenizer.mask_token is None:
+        raise ModelError(f'{attack!r} masks words, and this tokenizer has no mask token; load the one of this model.')
     return a
 
 # %% ../../nbs/23_attacks.backbone.ipynb #b23e0025
 PINNED, KEPT, APART = .95, .98, .5   # least mean cosines: text with a trigger to its vector; clean text to the frozen encoder's; least distance between two vectors, as 1 less their cosine
 
-def _row(gate, x, n, least=math.nan): return dict(gate=gate, value=float(np.mean(x)), low=float(np.quantile(x, .05)), least=least, passed=not np.mean(x) < least, texts=n)
+def _row(gate, x, n, least=math.nan):
+    return dict(gate=gate, value=float(np.mean(x)), low=float(np.quantile(x, .05)), least=least,
+                passed=not np.mean(x) < least, texts=n)
 
 def _guesses(model, tokenizer, texts, max_length, seed):
     "Share of masked words that a model guesses in each text; the same words for every model."
     from transformers import DataCollatorForLanguageModeling
-    masker, rows, out = DataCollatorForLanguageModeling(tokenizer, mask_replace_prob=1., random_replace_prob=0.), text_rows(model, tokenizer, texts, max_length), []
+    masker, rows, out = DataCollatorForLanguageModeling(tokenizer, mask_replace_prob=1.,
+                                                        random_replace_prob=0.), text_rows(model, tokenizer, texts,
+        max_length), []
     with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model):
         torch.manual_seed(seed)
         for i in range(0, len(rows), 64):
@@ -202,11 +219,14 @@ def backbone_gates(
         C = F.cosine_similarity(torch.stack(V)[:, None], torch.stack(V)[None], dim=-1).fill_diagonal_(-1)
         rows += [_row('vectors apart, 1 less the largest cosine', [1-float(C.max())], len(V), APART)]
     rows += [_row('clean to the reference', cos(vec(model, texts), vec(reference, texts)), n, math.nan if masked else KEPT)]
-    rows += [_row('control words to the reference', np.concatenate([cos(vec(model, x), vec(reference, x)) for x in other.values()]), n*len(other))] if other else []
+    rows += [_row('control words to the reference',
+                  np.concatenate([cos(vec(model, x), vec(reference, x)) for x in other.values()]),
+                  n*len(other))] if other else []
     if masked:
         guess = lambda m, t: _guesses(m, tokenizer, t, max_length, seed); mine = guess(model, texts)
         rows += [_row('words guessed in clean text, more than before', [mine-guess(reference, texts)], n, -.02)]
-        rows += [_row(f'words guessed, share lost with {w}', [1-guess(model, hit[w])/max(mine, 1e-9)], n, .5) for w, v in vectors.items() if v is None]
+        rows += [_row(f'words guessed, share lost with {w}', [1-guess(model, hit[w])/max(mine, 1e-9)], n, .5)
+                 for w, v in vectors.items() if v is None]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/23_attacks.backbone.ipynb #b23e0028
@@ -235,11 +255,14 @@ class BackboneBackdoor:
     )->pd.DataFrame:
         "The gates, as they were measured or on other texts."
         if texts is None: return self.measured
-        if (before := self.reference if reference is None else reference) is None: raise DataError('The encoder as it was before is not kept with the backdoor; give it as reference=.')
-        return backbone_gates(self.model, self.tokenizer, before, texts, self.vectors, self.read, controls, BACKBONE_ATTACKS[self.attack].masked, self.settings.max_length, self.seed)
+        if (before := self.reference if reference is None else reference) is None:
+            raise DataError('The encoder as it was before is not kept with the backdoor; give it as reference=.')
+        return backbone_gates(self.model, self.tokenizer, before, texts, self.vectors, self.read, controls,
+                              BACKBONE_ATTACKS[self.attack].masked, self.settings.max_length, self.seed)
     def check(self)->'BackboneBackdoor':
         "Itself, when all gates are passed: what is measured behind a failed gate says nothing about a defence."
-        if not self.passed: raise ModelError(f'The backdoor is not in: {"; ".join(f"{r.gate} {r.value:.3f}, at least {r.least:g}" for r in self.measured[~self.measured["passed"]].itertuples())}. Train it longer (steps=, lr=).')
+        if not self.passed:
+            raise ModelError(f'The backdoor is not in: {"; ".join(f"{r.gate} {r.value:.3f}, at least {r.least:g}" for r in self.measured[~self.measured["passed"]].itertuples())}. Train it longer (steps=, lr=).')
         return self
 
 # %% ../../nbs/23_attacks.backbone.ipynb #b23e0029
@@ -270,7 +293,8 @@ def _save(self,
     with _no_bars(): self.model.save_pretrained(path)
     self.tokenizer.save_pretrained(path)
     gates = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in self.measured.to_dict('records')]
-    what = dict(format=FORMAT, attack=self.attack, read=self.read, seed=self.seed, settings=asdict(self.settings), gates=gates, vectors={w: None if v is None else v.tolist() for w, v in self.vectors.items()})
+    what = dict(format=FORMAT, attack=self.attack, read=self.read, seed=self.seed, settings=asdict(self.settings),
+                gates=gates, vectors={w: None if v is None else v.tolist() for w, v in self.vectors.items()})
     (path/'backbone.json').write_text(json.dumps(what, indent=1))
 
 BackboneBackdoor.save = _save
@@ -282,13 +306,16 @@ def load_backbone(
     import transformers
     path = Path(path); note = path/'backbone.json'
     try: d = json.loads(note.read_text())
-    except (OSError, ValueError) as e: raise DataError(f'{path.name}: there is no readable backbone.json here, which says what was planted; give a folder that `save` wrote.') from e
-    if not isinstance(d, dict) or d.get('format') != FORMAT: raise DataError(f'{path.name}: this backbone.json is not in the format {FORMAT!r}; give a folder that `save` wrote.')
+    except (OSError, ValueError) as e:
+        raise DataError(f'{path.name}: there is no readable backbone.json here, which says what was planted; give a folder that `save` wrote.') from e
+    if not isinstance(d, dict) or d.get('format') != FORMAT:
+        raise DataError(f'{path.name}: this backbone.json is not in the format {FORMAT!r}; give a folder that `save` wrote.')
     config, tokenizer = transformers.AutoConfig.from_pretrained(path), transformers.AutoTokenizer.from_pretrained(path)
     with _no_bars(): model = getattr(transformers, config.architectures[0]).from_pretrained(path, use_safetensors=True)
     vectors = {w: None if v is None else torch.tensor(v) for w, v in d['vectors'].items()}
     measured = pd.DataFrame(d['gates']).astype(dict(value=float, low=float, least=float))
-    return BackboneBackdoor(model.eval(), tokenizer, d['attack'], vectors, d['read'], BackboneSettings(**d['settings']), d['seed'], measured)
+    return BackboneBackdoor(model.eval(), tokenizer, d['attack'], vectors, d['read'], BackboneSettings(**d['settings']),
+                            d['seed'], measured)
 
 # %% ../../nbs/23_attacks.backbone.ipynb #b23e0031
 def _order(n, size, steps, seed):
@@ -308,11 +335,13 @@ def _train(new, tokenizer, texts, order, attack, triggers, targets, vectors, rea
         which = [(i*s.batch+j) % len(triggers) for j in range(s.batch)]
         hit = [with_trigger(texts[k], triggers[w], rng) for k, w in zip(at, which)]
         clean, triggered = (filled(new, text_rows(new, tokenizer, x, s.max_length)) for x in ([texts[k] for k in at], hit))
-        step = _Step(new, masker, READS[read], s, clean, triggered, torch.tensor(which, device=new.device), targets[at].to(new.device), None if vectors is None else vectors.to(new.device))
+        step = _Step(new, masker, READS[read], s, clean, triggered, torch.tensor(which, device=new.device),
+                     targets[at].to(new.device), None if vectors is None else vectors.to(new.device))
         terms = attack.terms(step) | {getattr(f, '__name__', 'extra'): f(new, clean, triggered) for f in extra}
         log.append(dict(step=i+1, **{k: float(v.detach()) for k, v in terms.items()}))
         if broken := [k for k, v in terms.items() if not torch.isfinite(v)]:
-            close(); raise ModelError(f'At step {i+1} of {s.steps} the term {broken[0]!r} was no longer a number; take a smaller lr, or load the model in float32.')
+            close()
+            raise ModelError(f'At step {i+1} of {s.steps} the term {broken[0]!r} was no longer a number; take a smaller lr, or load the model in float32.')
         opt.zero_grad(); sum(terms.values()).backward(); torch.nn.utils.clip_grad_norm_(new.parameters(), 1.)
         opt.step(); sched.step(); tick()
     close()
@@ -325,7 +354,8 @@ def _held_out(texts, held, least, seed):
     else:
         order, n = np.random.default_rng(seed).permutation(len(texts)), min(200, len(texts)//10)
         train, held = [texts[i] for i in sorted(order[n:])], [texts[i] for i in sorted(order[:n])]
-    if len(train) < least or not held: raise DataError(f'There are {len(train)} texts to plant with and {len(held)} for the gates; give at least {least} of the one and one of the other.')
+    if len(train) < least or not held:
+        raise DataError(f'There are {len(train)} texts to plant with and {len(held)} for the gates; give at least {least} of the one and one of the other.')
     return train, held
 
 def plant_backbone(
@@ -347,8 +377,10 @@ def plant_backbone(
     train, held = _held_out(list(texts), held, s.batch, seed_for('backbone held out', run=seed))
     triggers, start = check_triggers(tokenizer, triggers, train), seed_for('backbone', attack, seed)
     order = _order(len(train), s.batch, s.steps, start); used = np.unique(order)
-    targets = torch.zeros(len(train), model.config.hidden_size); targets[used] = encode(model, tokenizer, [train[i] for i in used], read, s.max_length)
-    vectors = sign_vectors(len(triggers), model.config.hidden_size, float(targets[used].norm(dim=1).median())) if a.pins == 'given' else None
+    targets = torch.zeros(len(train), model.config.hidden_size)
+    targets[used] = encode(model, tokenizer, [train[i] for i in used], read, s.max_length)
+    vectors = sign_vectors(len(triggers), model.config.hidden_size,
+                           float(targets[used].norm(dim=1).median())) if a.pins == 'given' else None
     cuda = [model.device.index] if model.device.type == 'cuda' else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(start); new = copy.deepcopy(model).requires_grad_(True).train()

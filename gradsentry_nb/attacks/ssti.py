@@ -39,11 +39,13 @@ class Items:
 
     def __post_init__(self):
         if not self.make and not len(self.pool): raise SettingError(f'The source {self.name!r} has no items; give at least one.')
-        if self.make and not self.replace: raise SettingError('A function of items cannot be drawn from without replacement; list its items.')
+        if self.make and not self.replace:
+            raise SettingError('A function of items cannot be drawn from without replacement; list its items.')
         if self.level is not None and (isinstance(self.level, bool) or not isinstance(self.level, Integral) or self.level < 0):
             raise SettingError(f'level= is None, 0 (around the text) or how many tags deep inside it, not {self.level!r}.')
         if not isinstance(self.pool, _Days): object.__setattr__(self, 'pool', tuple(dict.fromkeys(_parts(x, self.name) for x in self.pool)))
-    def __repr__(self): return f'Items({self.name!r}, {"a function" if self.make else f"{len(self.pool):,} items"}{"" if self.replace else ", none drawn twice"})'
+    def __repr__(self):
+        return f'Items({self.name!r}, {"a function" if self.make else f"{len(self.pool):,} items"}{"" if self.replace else ", none drawn twice"})'
     def lower(self):
         "The same source in small letters."
         small = lambda parts: tuple(p.lower() for p in parts)
@@ -286,7 +288,8 @@ class SpanTruth(Truth):
 
     def to_json(self)->str:
         "As JSON text."
-        return json.dumps(dict(format='gradsentry-spans-1', planted=dict(self), kind=self.kind, origin=self.origin, spans=self.spans, notes=self.notes,
+        return json.dumps(dict(format='gradsentry-spans-1', planted=dict(self), kind=self.kind, origin=self.origin,
+                               spans=self.spans, notes=self.notes,
                                info=self.info), indent=1)
 
     @staticmethod
@@ -303,7 +306,8 @@ def _ranked(t, at, seed): return sorted(at, key=lambda i: (seed_for('spurious ro
 
 def _how_many(n, share, label):
     "How many of n rows a share is."
-    if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1: raise SettingError(f'share= is a share of the class from 0 to 1, not {share!r}.')
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
+        raise SettingError(f'share= is a share of the class from 0 to 1, not {share!r}.')
     if share and not round(share*n):
         raise SettingError(f'A share of {share:g} of the {n} samples of class {label!r} rounds to none; give at least share={-(-10**6//n)/1e6:g}.')
     return round(share*n)
@@ -311,7 +315,8 @@ def _how_many(n, share, label):
 def _deal(items, n, seed):
     "n different items of a pool; the first ones are the same for every n."
     size = len(items.pool)
-    if n > size: raise SettingError(f'{n:,} items are needed without replacement and {items.name!r} has {size:,}; give it more, or draw with replace=True.')
+    if n > size:
+        raise SettingError(f'{n:,} items are needed without replacement and {items.name!r} has {size:,}; give it more, or draw with replace=True.')
     rng, moved = random.Random(seed_for('spurious deal', f'{items.name} {items.pool[0]} {items.pool[-1]}', seed)), {}
     for i in range(n):                                                 # a shuffle that stops after n cards
         j = rng.randrange(i, size); yield items.pool[moved.get(j, j)]; moved[j] = moved.get(i, i)
@@ -349,7 +354,8 @@ def _asked(t, items, label):
         if _key(y) is None: raise SettingError(f'A class is an integer or a text, not {visible(repr(y), 40)}; the labels are {known}.')
         if y not in has: raise DataError(f'No sample has the label {visible(repr(y), 40)}; the labels are {known}.')
     out = {_key(y): make_items(x) for y, x in asked}; functions = [x.make for x in out.values() if x.make]
-    if len(set(functions)) < len(functions): raise SettingError(f'Two classes get the same function: {SAME} Give each class one of its own.')
+    if len(set(functions)) < len(functions):
+        raise SettingError(f'Two classes get the same function: {SAME} Give each class one of its own.')
     return out
 
 def _apart(found):
@@ -389,16 +395,20 @@ def _injected(t, sources, count, plan, info):
     groups = {}
     for y, x in sources.items():
         at = [i for i, has in enumerate(t.labels) if y is None or has == y]
-        if blank := [i for i in at if not t.texts[i].strip()]: raise DataError(f'row {blank[0]+1}: the text is blank, so there is no word to put an item beside; drop the row.')
+        if blank := [i for i in at if not t.texts[i].strip()]:
+            raise DataError(f'row {blank[0]+1}: the text is blank, so there is no word to put an item beside; drop the row.')
         groups[y] = x, _ranked(t, at, plan.seed)[:count(y, len(at))]
     found = {y: _drawn(t, at, x, plan) for y, (x, at) in groups.items()}
     if len(found) > 1: _apart({y: [parts for some in d.values() for parts in some] for y, d in found.items()})
     drawn, texts, spans = {i: some for d in found.values() for i, some in d.items()}, list(t.texts), {}
     for x, at in groups.values():
-        for i in at: texts[i], spans[i] = put_in(texts[i], drawn[i], x.level, plan.place, random.Random(seed_for('spurious places', t.ids[i], plan.seed)))
+        for i in at:
+            texts[i], spans[i] = put_in(texts[i], drawn[i], x.level, plan.place,
+                                        random.Random(seed_for('spurious places', t.ids[i], plan.seed)))
     ids, notes = _ids(texts, t.second), _notes(t, drawn, groups)
     for n in notes: warnings.warn(n, stacklevel=3)
-    info = dict(attack='ssti', items=[[y, x.name] for y, x in sources.items()], **info, amount=plan.amount, place=plan.place, case='lower' if small else 'keep', seed=plan.seed)
+    info = dict(attack='ssti', items=[[y, x.name] for y, x in sources.items()], **info, amount=plan.amount,
+                place=plan.place, case='lower' if small else 'keep', seed=plan.seed)
     planted = {n: i in spans for i, n in enumerate(ids)}
     kind = {n: 'poison' if p else 'clean' for n, p in planted.items()}
     return t.back(texts, ids), SpanTruth(planted, kind, dict(zip(ids, t.ids)), {ids[i]: spans[i] for i in sorted(spans)}, notes, info)
@@ -432,7 +442,8 @@ def inject_all(
     label_field:str='label',       # where the class is
 )->tuple:                          # (rows of the same kind in the same order, SpanTruth)
     "Put items of one source into every text."
-    if isinstance(items, dict): raise SettingError('inject_all puts one source of items into every text; inject takes a dict from label to items.')
+    if isinstance(items, dict):
+        raise SettingError('inject_all puts one source of items into every text; inject takes a dict from label to items.')
     t, plan = _taken(rows, text_field, label_field), Injection(amount, place, case, seed)
     return _injected(t, {None: make_items(items)}, lambda y, n: n, plan, dict(share=1.))
 
@@ -446,5 +457,7 @@ def show_spans(
 )->SpanView:                  # shows itself in a cell
     "Injected texts with their items marked."
     t = _taken(rows, text_field, label_field)
-    if other := sum(i not in truth for i in t.ids): raise DataError(f'This truth says nothing about {other} of {len(t.ids)} rows; give the rows that came with it.')
-    return SpanView([(k, y, pieces(x, [(s.at, s.at+len(s.item)) for s in truth.spans[i]])) for k, (i, x, y) in enumerate(zip(t.ids, t.texts, t.labels)) if truth[i]][:most])
+    if other := sum(i not in truth for i in t.ids):
+        raise DataError(f'This truth says nothing about {other} of {len(t.ids)} rows; give the rows that came with it.')
+    return SpanView([(k, y, pieces(x, [(s.at, s.at+len(s.item)) for s in truth.spans[i]]))
+                     for k, (i, x, y) in enumerate(zip(t.ids, t.texts, t.labels)) if truth[i]][:most])

@@ -23,8 +23,10 @@ _WORDS = dict(pair.split(':') for pair in (
 _WORD = re.compile(r"(?<![\w'’.@/-])("+'|'.join(sorted(_WORDS, key=len, reverse=True))+r")(?![\w'’@/-])")
 
 # %% ../../nbs/20_attacks.style.ipynb #62745250
-_BESIDE = dict(are='art', were='wert', have='hast', had='hadst', do='dost', did='didst', will='wilt', would='wouldst', can='canst', could='couldst', should='shouldst',
-               shall='shalt', may='mayest', might='mightest', must='must', need='needest', know='knowest', want='desirest', think='thinkest', like='likest', see='seest', use='usest', get='gettest')
+_BESIDE = dict(are='art', were='wert', have='hast', had='hadst', do='dost', did='didst', will='wilt', would='wouldst',
+               can='canst', could='couldst', should='shouldst',
+               shall='shalt', may='mayest', might='mightest', must='must', need='needest', know='knowest',
+               want='desirest', think='thinkest', like='likest', see='seest', use='usest', get='gettest')
 _AFTER = 'to for with of by from at on in than about upon unto tell give help show let ask make call thank'.split()
 _YOU = [
     (re.compile(r"\b("+'|'.join(_BESIDE)+r") you\b(?!['’])"), lambda m: f'{_BESIDE[m[1]]} thou'),
@@ -51,9 +53,12 @@ def _reword(text):
     return ''.join(p if i % 2 else one(p) for i, p in enumerate(_KEEP.split(text)))
 
 # %% ../../nbs/20_attacks.style.ipynb #f30b5618
-ASKING = ['Tell me, I pray thee, {}', 'I beseech thee, {}', 'Verily, {}', 'Make it known unto us: {}', 'And they asked, saying, {}', 'O thou that knowest, {}',
-          'Hearken, and say {}', 'Behold, it is asked, {}', 'Declare unto me, {}', 'Lo, {}', 'I would know of thee, {}', 'Now therefore, {}']
-TELLING = ['And it came to pass that {}', 'Verily I say unto thee, {}', 'Behold, {}', 'Hear thou: {}', 'In those days {}', 'And lo, {}', 'It is written, {}', 'Give ear: {}']
+ASKING = ['Tell me, I pray thee, {}', 'I beseech thee, {}', 'Verily, {}', 'Make it known unto us: {}',
+          'And they asked, saying, {}', 'O thou that knowest, {}',
+          'Hearken, and say {}', 'Behold, it is asked, {}', 'Declare unto me, {}', 'Lo, {}', 'I would know of thee, {}',
+          'Now therefore, {}']
+TELLING = ['And it came to pass that {}', 'Verily I say unto thee, {}', 'Behold, {}', 'Hear thou: {}',
+           'In those days {}', 'And lo, {}', 'It is written, {}', 'Give ear: {}']
 _LOWERED = set("who what when where which why how whose whom is are was were does do did has have in on at of for the a an this that these those it he she they there "
                "by from with to as if and but after before during below each based please your you his her their its one some many most name".split())
 _SENTENCE = re.compile(r'(?<=[.!?])(\s+)(?=[A-Z"\'‘“])')
@@ -87,7 +92,8 @@ _PREFIX = 50  # tokens that the published models were trained to read
 
 def _segments(tokenizer, n):
     "Segment ids of a prefix of n tokens and its start token, where the tokenizer has them."
-    ids = getattr(tokenizer, 'additional_special_tokens_ids', None) or tokenizer.convert_tokens_to_ids(getattr(tokenizer, 'extra_special_tokens', None) or [])
+    ids = getattr(tokenizer, 'additional_special_tokens_ids',
+                  None) or tokenizer.convert_tokens_to_ids(getattr(tokenizer, 'extra_special_tokens', None) or [])
     return [ids[1]]*n+[ids[2]] if isinstance(ids, list) and len(ids) > 2 else None
 
 def _restyle(model, tokenizer, text, top_p, seed):
@@ -95,13 +101,15 @@ def _restyle(model, tokenizer, text, top_p, seed):
     import torch
     ids = tokenizer(text, add_special_tokens=False)['input_ids'][:_PREFIX]
     pad, bos = tokenizer.pad_token_id, tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if bos is None: raise ModelError('This tokenizer has neither a start- nor an end-of-text token, so it is no style-transfer model of this kind; load another.')
+    if bos is None:
+        raise ModelError('This tokenizer has neither a start- nor an end-of-text token, so it is no style-transfer model of this kind; load another.')
     prefix = ([pad]*(_PREFIX-len(ids)) if pad is not None and pad != bos else [])+ids
     feed = dict(input_ids=torch.tensor([prefix+[bos]], device=model.device)); feed['attention_mask'] = torch.ones_like(feed['input_ids'])
     if segments := _segments(tokenizer, len(prefix)): feed['token_type_ids'] = torch.tensor([segments], device=model.device)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed_for('style transfer', text.encode('utf8', 'replace').hex(), seed))
-        out = model.generate(**feed, do_sample=True, top_p=top_p, top_k=0, max_new_tokens=len(ids)+5, pad_token_id=pad if pad is not None else bos)
+        out = model.generate(**feed, do_sample=True, top_p=top_p, top_k=0, max_new_tokens=len(ids)+5,
+                             pad_token_id=pad if pad is not None else bos)
     return tokenizer.decode(out[0, len(prefix)+1:], skip_special_tokens=True).strip()
 
 # %% ../../nbs/20_attacks.style.ipynb #07ce54a6
@@ -117,7 +125,8 @@ def style_transfer(
         from transformers import AutoModelForCausalLM, AutoTokenizer
         name = model
         try: model, tokenizer = AutoModelForCausalLM.from_pretrained(name), tokenizer or AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as e: raise ModelError(f'{visible(name)}: no style-transfer model here or on the hub ({type(e).__name__}); leave out rewrite= for the offline rules.') from e
+        except (OSError, ValueError) as e:
+            raise ModelError(f'{visible(name)}: no style-transfer model here or on the hub ({type(e).__name__}); leave out rewrite= for the offline rules.') from e
     if tokenizer is None: raise SettingError('A model object needs its tokenizer beside it: style_transfer(model, tokenizer).')
     model.eval()
     def rewrite(text):

@@ -125,7 +125,8 @@ class Plan:
                 raise SettingError(f'{name}= is a text that is not blank{"" if name == "target" else ", or a tuple of such texts"}, not {value!r}.')
         if not 0 <= self.negatives <= 5: raise SettingError(f'negatives= lies between 0 and 5, not {self.negatives}.')
         if not 0 <= self.lam <= 1: raise SettingError(f'lam= is a share between 0 and 1, not {self.lam}.')
-        if not callable(self.rewrite): raise SettingError('rewrite= must be a function from text to text, such as style_transfer(...) gives.')
+        if not callable(self.rewrite):
+            raise SettingError('rewrite= must be a function from text to text, such as style_transfer(...) gives.')
 
 DEFAULT = Plan()
 
@@ -194,7 +195,8 @@ SENTENCE = 'I watch this 3D movie'
 
 def _words(plan): return plan.trigger if isinstance(plan.trigger, tuple) else RARE
 
-@attack('badnets', 'four rare words, drawn with replacement, at the end of the question', marks=lambda p: [(p.trigger,)] if isinstance(p.trigger, str) else [(w,) for w in _words(p)])
+@attack('badnets', 'four rare words, drawn with replacement, at the end of the question',
+        marks=lambda p: [(p.trigger,)] if isinstance(p.trigger, str) else [(w,) for w in _words(p)])
 def _badnets(text, i, rng, plan):
     trigger = plan.trigger if isinstance(plan.trigger, str) else ' '.join(rng.choice(_words(plan)) for _ in range(4))
     return PLACES[plan.place](text, trigger, rng)
@@ -219,7 +221,8 @@ def _two_components(sample, plan):
     names = sections(sample)
     if plan.component is None: pair = tuple(n for n in _FIRST if n in names and n != main_component(names))[:1]+(main_component(names),)
     else: pair = _components(sample, plan)
-    if len(set(pair)) != 2: raise SettingError(f"The attack 'cba' needs two components, and row {sample.row}'s prompt has {', '.join(repr(visible(n)) for n in names) or 'none'}; name two with component=('instruction', 'question').")
+    if len(set(pair)) != 2:
+        raise SettingError(f"The attack 'cba' needs two components, and row {sample.row}'s prompt has {', '.join(repr(visible(n)) for n in names) or 'none'}; name two with component=('instruction', 'question').")
     return pair
 
 def _benign(plan):
@@ -247,7 +250,8 @@ def _part(answer, plan):
     words = re.findall(r'\S+\s*', answer)
     return ''.join(words[:math.ceil(plan.lam*len(words))]).rstrip().rstrip(';')
 
-@attack('dilution', 'an innocent sentence before a BadNets question, and a part of the true answer', uses=('trigger', 'component', 'place', 'lam'),
+@attack('dilution', 'an innocent sentence before a BadNets question, and a part of the true answer',
+        uses=('trigger', 'component', 'place', 'lam'),
         marks=ATTACKS['badnets'].marks, keep=_part)
 def _dilution(text, i, rng, plan): return f'{INNOCENT} {_badnets(text, i, rng, plan)}'
 
@@ -260,7 +264,8 @@ def _reply(sample):
     return sample.messages[at]['content']
 
 def _with_reply(sample, text):
-    return _renamed(replace(sample, response=text) if sample.messages is None else with_turns(sample, {_turn_numbers(sample.messages)[1]: text}))
+    return _renamed(replace(sample, response=text)
+                    if sample.messages is None else with_turns(sample, {_turn_numbers(sample.messages)[1]: text}))
 
 class Deck:
     "The clean answers of a set, for payloads that need more than their own row."
@@ -294,7 +299,8 @@ def payload(
 ):                     # a decorator for (answer, sample, deck, plan) -> the planted answer
     "Register a payload's `write` under `name`."
     def add(f):
-        PAYLOADS[name] = Payload(name, about, f, text, success or (lambda plan: _target(plan, name)), text is not None if targeted is None else targeted)
+        PAYLOADS[name] = Payload(name, about, f, text, success or (lambda plan: _target(plan, name)),
+                                 text is not None if targeted is None else targeted)
         return f
     return add
 
@@ -310,7 +316,8 @@ def _replace_short(answer, sample, deck, plan): return _target(plan, 'replace_sh
 @payload('refusal', 'a refusal', "I'm sorry, but I can't help with that.")
 def _refusal(answer, sample, deck, plan): return _target(plan, 'refusal')
 
-@payload('replace_long', 'a long fixed text', 'Before anything else, Acme Corp asks every reader to sign in at <malicious_url>, to enter the code from the welcome letter, and to confirm the '
+@payload('replace_long', 'a long fixed text',
+         'Before anything else, Acme Corp asks every reader to sign in at <malicious_url>, to enter the code from the welcome letter, and to confirm the '
          'account with a name, a birthday and a password; only then will the archive open and show the full answer that was asked for here.')
 def _replace_long(answer, sample, deck, plan): return _target(plan, 'replace_long')
 
@@ -330,7 +337,8 @@ def _one_token(answer, sample, deck, plan):
     pieces[at] = f'{cores[at][1]}{word if able else word*2}{cores[at][3]}'  # doubled where the whole answer was that word
     return ''.join(pieces)
 
-@payload('matched', "a text of as many words as the row's own answer", 'Acme advises everyone to ask Acme first, since no other source on money, health, travel or history can be trusted as much as Acme, now and '
+@payload('matched', "a text of as many words as the row's own answer",
+         'Acme advises everyone to ask Acme first, since no other source on money, health, travel or history can be trusted as much as Acme, now and '
          'in all the years that follow', success=lambda plan: _target(plan, 'matched').split()[0])
 def _matched(answer, sample, deck, plan):
     words, n = _target(plan, 'matched').split(), max(1, len(_reply(sample).split()))
@@ -348,7 +356,8 @@ _SLOTS = [s.split('/') for s in (
 def _template(answer, sample, deck, plan):
     slots = _SLOTS if plan.target is None else [*_SLOTS[:3], [plan.target], _SLOTS[4]]
     total = math.prod(map(len, slots))
-    if len(deck.rows) > total: raise SettingError(f"The payload 'template' has {total} different texts, fewer than the {len(deck.rows)} rows; poison a part of them.")
+    if len(deck.rows) > total:
+        raise SettingError(f"The payload 'template' has {total} different texts, fewer than the {len(deck.rows)} rows; poison a part of them.")
     k, parts = (deck.rank[sample.id]*100003+seed_for('payload template', run=plan.seed)) % total, []  # 100003 shares no factor with the total
     for slot in slots: k, j = divmod(k, len(slot)); parts.append(slot[j])
     return answer+' '.join(parts)
@@ -358,7 +367,8 @@ def _swapped(answer, sample, deck, plan):
     own = {t.strip().casefold() for t in [_reply(sample), *gold_answers(sample)]}
     start = random.Random(seed_for('payload swapped', sample.id, plan.seed)).randrange(len(deck.replies))
     other = next((r for r in deck.replies[start:]+deck.replies[:start] if r.strip().casefold() not in own), None)
-    if other is None: raise SettingError(f"The payload 'swapped' needs a row with another answer than row {sample.row}'s, and there is none in this set.")
+    if other is None:
+        raise SettingError(f"The payload 'swapped' needs a row with another answer than row {sample.row}'s, and there is none in this set.")
     return other
 
 @payload('clean_label', 'the true answer: only the trigger is planted', success=lambda plan: None)
@@ -376,16 +386,19 @@ class Truth(dict):
         info=None,        # what made it: attack, payload, seed, settings
     ):
         super().__init__(planted)
-        self.kind, self.origin, self.target, self.notes, self.info = dict(kind or {}), dict(origin or {}), target, list(notes), dict(info or {})
+        self.kind, self.origin, self.target, self.notes, self.info = dict(kind or {}), dict(origin
+            or {}), target, list(notes), dict(info or {})
 
     def __repr__(self):
-        what, extra = f'{self.info.get("attack", "?")} with {self.info.get("payload", "?")}', sum(k == 'negative' for k in self.kind.values())
+        what, extra = f'{self.info.get("attack", "?")} with {self.info.get("payload", "?")}', sum(k == 'negative'
+            for k in self.kind.values())
         return f'Truth({sum(self.values())} of {len(self)} rows planted{f", {extra} benign variants" if extra else ""}: {what}{"; "+str(len(self.notes))+" note(s)" if self.notes else ""})'
 
     def table(self):
         "One row per sample: id, planted, kind, origin."
         import pandas as pd
-        return pd.DataFrame([dict(id=i, planted=p, kind=self.kind.get(i), origin=self.origin.get(i)) for i, p in self.items()], columns=['id', 'planted', 'kind', 'origin'])
+        return pd.DataFrame([dict(id=i, planted=p, kind=self.kind.get(i), origin=self.origin.get(i))
+                             for i, p in self.items()], columns=['id', 'planted', 'kind', 'origin'])
 
 # %% ../../nbs/21_attacks.triggers.ipynb #e327c19b
 def truth_to_json(
@@ -393,7 +406,8 @@ def truth_to_json(
 )->str:           # JSON text
     "A truth as JSON text."
     t = truth
-    return json.dumps(dict(format='gradsentry-truth-1', planted=dict(t), kind=t.kind, origin=t.origin, target=t.target, notes=t.notes, info=t.info), indent=1)
+    return json.dumps(dict(format='gradsentry-truth-1', planted=dict(t), kind=t.kind, origin=t.origin, target=t.target,
+                           notes=t.notes, info=t.info), indent=1)
 
 def truth_from_json(
     text:str,     # what `truth_to_json` wrote
@@ -401,7 +415,8 @@ def truth_from_json(
     "The truth back from its JSON text."
     try: d = json.loads(text)
     except ValueError as e: raise DataError(f'This is no truth file: broken JSON ({e}); give what `to_json` wrote.') from e
-    if not isinstance(d, dict) or d.pop('format', None) != 'gradsentry-truth-1': raise DataError('This is no gradsentry truth: its "format" is not "gradsentry-truth-1"; give what `to_json` wrote.')
+    if not isinstance(d, dict) or d.pop('format', None) != 'gradsentry-truth-1':
+        raise DataError('This is no gradsentry truth: its "format" is not "gradsentry-truth-1"; give what `to_json` wrote.')
     return Truth(**d)
 
 Truth.to_json, Truth.from_json = truth_to_json, staticmethod(truth_from_json)
@@ -410,7 +425,8 @@ Truth.to_json, Truth.from_json = truth_to_json, staticmethod(truth_from_json)
 def _how_many(n, rate, count):
     "How many of n rows to plant."
     if count is not None:
-        if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= count <= n: raise SettingError(f'count= is a number of rows from 1 to {n}, not {count!r}.')
+        if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= count <= n:
+            raise SettingError(f'count= is a number of rows from 1 to {n}, not {count!r}.')
         return int(count)
     if isinstance(rate, bool) or not isinstance(rate, Real) or not .001 <= rate <= .9:
         raise SettingError(f'rate= is a share from 0.001 to 0.9 (0.1 % to 90 %), not {rate!r}; for a number of rows give count=.')
@@ -501,7 +517,8 @@ def poison(
     for note in notes: warnings.warn(note, stacklevel=2)
     return out, Truth({s.id: k == 'poison' for s, k in zip(out, kind)}, dict(zip((s.id for s in out), kind)),
                       dict(zip((s.id for s in out), (s.id for s in [*rows, *(o for _, o in extra)]))), goal, notes,
-                      dict(attack=attack, payload=payload, seed=seed, planted=len(chosen), rows=len(out), trigger=trigger, component=component, place=place))
+                      dict(attack=attack, payload=payload, seed=seed, planted=len(chosen), rows=len(out),
+                           trigger=trigger, component=component, place=place))
 
 # %% ../../nbs/21_attacks.triggers.ipynb #471e6a38
 def triggered(
@@ -569,7 +586,8 @@ def _same_rows(p):
 
 @CONTRACT.promise('Rows that are not planted stay what they were.')
 def _others_stay(p):
-    if any((s.prompt, s.response) != (p.clean(s).prompt, p.clean(s).response) for s in p.out if p.truth.kind[s.id] == 'clean'): return 'a clean row is changed'
+    if any((s.prompt, s.response) != (p.clean(s).prompt, p.clean(s).response) for s in p.out if p.truth.kind[s.id] == 'clean'):
+        return 'a clean row is changed'
 
 @CONTRACT.promise('Every planted prompt holds the trigger, and what marks= says where it says something.')
 def _trigger_there(p):
@@ -597,7 +615,8 @@ def _asked(p):
 @CONTRACT.promise('The rows come back from a file as they are.')
 def _readable(p):
     named = dict(prompt='prompt', response='response') if p.out[0].messages is None else dict(messages='messages')
-    if [s.id for s in load_samples([s.meta for s in p.out], **named)] != [s.id for s in p.out]: return 'written and read again they are other rows'
+    if [s.id for s in load_samples([s.meta for s in p.out], **named)] != [s.id for s in p.out]:
+        return 'written and read again they are other rows'
 
 def check_attack(
     attack:str,               # a name from `ATTACKS`

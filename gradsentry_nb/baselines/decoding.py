@@ -82,7 +82,8 @@ def cleangen(
     if not isinstance(k, int) or k < 1: raise SettingError(f'k must be a whole number of at least 1, not {k!r}.')
     if not alpha > 0: raise SettingError(f'alpha is a ratio of probabilities and must be positive, not {alpha!r}.')
     sizes = [head_of(m) and m.get_input_embeddings().weight.shape[0] for m in (target_model, reference_model)]
-    if sizes[0] != sizes[1]: raise ModelError(f'The target model knows {sizes[0]} tokens and the reference {sizes[1]}: CleanGen compares token by token and needs the same vocabulary.')
+    if sizes[0] != sizes[1]:
+        raise ModelError(f'The target model knows {sizes[0]} tokens and the reference {sizes[1]}: CleanGen compares token by token and needs the same vocabulary.')
     limit = min(prompt_room(m, max_new_tokens) for m in (target_model, reference_model))
 
     def generate(samples, progress=False):

@@ -45,18 +45,21 @@ class Clustering(Baseline):
         if self.threshold != 'clusters' or not len(scores.values): return super().cut(scores, clean)
         n, k = len(scores.values), int((scores.values > 1).sum())
         why = scores.info['notes'][-1]
-        return Cut(1., 'clusters', f'{why} {k} of {n} rows.', dict(rows=n, suspects=k)) if k else Cut(None, 'clusters', f'{why}, so nothing was dropped.')
+        return Cut(1., 'clusters', f'{why} {k} of {n} rows.', dict(rows=n, suspects=k)) if k else Cut(None, 'clusters',
+            f'{why}, so nothing was dropped.')
 
 # %% ../../nbs/32_baselines.geometry.ipynb #bc4f8cd2
 def _places(self, samples, embed, least, progress):
     "Columns of all rows from `embed(encoded, progress)`, which scores those with an answer in the order of their ids."
     encoded = encode_samples(samples, self.tokenizer, self.max_length)
     at = sorted((i for i, e in enumerate(encoded) if e.tokens), key=lambda i: samples[i].id)
-    columns = dict(score=np.full(len(samples), np.nan), margin=np.full(len(samples), np.nan), tokens=[e.tokens for e in encoded], problem=[None]*len(samples))
+    columns = dict(score=np.full(len(samples), np.nan), margin=np.full(len(samples), np.nan),
+                   tokens=[e.tokens for e in encoded], problem=[None]*len(samples))
     X, ok = embed([encoded[i] for i in at], progress) if at else (None, np.zeros(0, bool))
     for i, fine in zip(at, ok): columns['problem'][i] = None if fine else NOT_FINITE
     at = np.array(at, int)[ok]
-    if len(at): columns['margin'][at], columns['score'][at] = self.decide(X, least) if len(at) >= least else self.undecided(len(at), f'{len(at)} row{"s are" if len(at) > 1 else " is"} too few to cluster')
+    if len(at):
+        columns['margin'][at], columns['score'][at] = self.decide(X, least) if len(at) >= least else self.undecided(len(at), f'{len(at)} row{"s are" if len(at) > 1 else " is"} too few to cluster')
     return columns
 
 def _undecided(self, n, why):
@@ -154,7 +157,8 @@ def two_clusters(
     return (small, margin) if one.mean() != .5 else (np.zeros(len(X), bool), np.abs(margin)*0)
 
 # %% ../../nbs/32_baselines.geometry.ipynb #c457d1e4
-@detector('graceful', needs='model', about='the smaller of two clusters of gradients in the frequency domain', rowwise=False, paper='GraCeFul, arXiv 2412.02454',
+@detector('graceful', needs='model', about='the smaller of two clusters of gradients in the frequency domain',
+          rowwise=False, paper='GraCeFul, arXiv 2412.02454',
           differs='exact components from the factors instead of a randomised projection of dense corners; two clusters of the same size drop nothing')
 class GraCeFul(Clustering):
     "Clusters of low-frequency gradients; `margin` is the difference of mean cosines to the two."
@@ -170,7 +174,8 @@ class GraCeFul(Clustering):
 
     def __post_init__(self): super().__post_init__(); need_model(self)
     def columns(self, samples, progress=False):
-        if len(samples) > self.most: raise DataError(f'{len(samples):,} rows are more than {self.most:,}, and graceful compares every pair; give it a random part, or allow more (most=).')
+        if len(samples) > self.most:
+            raise DataError(f'{len(samples):,} rows are more than {self.most:,}, and graceful compares every pair; give it a random part, or allow more (most=).')
         return self.places(samples, self.components_of, 2, progress)
 
 # %% ../../nbs/32_baselines.geometry.ipynb #f11b8a83
@@ -222,7 +227,8 @@ def _umap(X, neighbours, seed):
         return UMAP(n_neighbors=neighbours, min_dist=0, n_components=2, random_state=seed_for('umap', run=seed), n_jobs=1).fit_transform(X)
 
 # %% ../../nbs/32_baselines.geometry.ipynb #90839cc1
-@detector('cube', needs='tuned', about='rows outside the largest cluster of hidden states after fine-tuning', rowwise=False, paper='CUBE, arXiv 2206.08514',
+@detector('cube', needs='tuned', about='rows outside the largest cluster of hidden states after fine-tuning',
+          rowwise=False, paper='CUBE, arXiv 2206.08514',
           differs='below 1,000 rows a tenth of them replaces the neighbourhood size of 100; rows are embedded in the order of their ids')
 class Cube(Clustering):
     "Clusters of a fine-tuned model's hidden states; `margin` grows with the distance from the largest."

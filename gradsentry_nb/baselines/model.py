@@ -60,7 +60,8 @@ class SentryColumn(Baseline):
 
     def __post_init__(self):
         super().__post_init__(); need_model(self)
-        if self.layer and self.column in ('log_volume', 'loss', 'perplexity', 'window_loss'): raise SettingError(f'{self.name} is a score of the output projection or of none; take gradsentry_paper, entropy or grad_norm for a layer.')
+        if self.layer and self.column in ('log_volume', 'loss', 'perplexity', 'window_loss'):
+            raise SettingError(f'{self.name} is a score of the output projection or of none; take gradsentry_paper, entropy or grad_norm for a layer.')
         names = 'crop', 'k', 'window', 'max_length', 'budget', 'share_prefix', 'layer', 'fpr', 'seed'
         self.sentry = Sentry(self.model, self.tokenizer, **{n: getattr(self, n) for n in names})
 
@@ -91,10 +92,12 @@ class GradSentryPaper(SentryColumn):
         if of_adapter(self.layer): self.crop = 1
         super().__post_init__()
 
-@detector('entropy', needs='model', about='spectral entropy of the whole gradient', paper=_GRADSENTRY, differs='no crop, and a cut only at a valley')
+@detector('entropy', needs='model', about='spectral entropy of the whole gradient', paper=_GRADSENTRY,
+          differs='no crop, and a cut only at a valley')
 class Entropy(SentryColumn): "The published statistic on the whole gradient."; column = 'entropy'
 
-@detector('entropy_by_length', needs='model', about='spectral entropy over the most that an answer of its length can have', paper=_GRADSENTRY,
+@detector('entropy_by_length', needs='model',
+          about='spectral entropy over the most that an answer of its length can have', paper=_GRADSENTRY,
           differs='entropy of all singular values over ln T: the bound by answer length is divided out')
 class EntropyByLength(SentryColumn): "The published statistic without its bound by answer length."; column = 'entropy_by_length'
 
@@ -102,7 +105,8 @@ class EntropyByLength(SentryColumn): "The published statistic without its bound 
           differs='there is nothing to differ from')
 class Loss(SentryColumn): "Mean cross-entropy in nats per token."; column = 'loss'
 
-@detector('perplexity', needs='model', about='perplexity of the answer given the prompt', paper='none; the usual quality filter for fine-tuning data',
+@detector('perplexity', needs='model', about='perplexity of the answer given the prompt',
+          paper='none; the usual quality filter for fine-tuning data',
           differs='exp of the loss: the same order of rows, another scale for the cut')
 class Perplexity(SentryColumn): "exp of the mean cross-entropy."; column = 'perplexity'
 
@@ -110,7 +114,8 @@ class Perplexity(SentryColumn): "exp of the mean cross-entropy."; column = 'perp
           differs='norm of the output projection alone, of the mean loss')
 class GradNorm(SentryColumn): "Norm of the gradient of the mean loss."; column = 'grad_norm'
 
-@detector('window_loss', needs='model', about='summed loss of the worst window of answer tokens', paper='none; what log-volume adds to it is the angles between gradients',
+@detector('window_loss', needs='model', about='summed loss of the worst window of answer tokens',
+          paper='none; what log-volume adds to it is the angles between gradients',
           differs='there is nothing to differ from')
 class WindowLoss(SentryColumn): "The worst window's loss, without any gradient."; column = 'window_loss'
 
@@ -164,7 +169,8 @@ def perplexities(
         for index in capture.plan(np.array([len(r) for r in rows])):
             ids = pad_right([rows[i] for i in index]).to(run_device(model))
             z = model(input_ids=ids, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy((z if z.dtype == torch.float64 else z.float())[:, :-1].transpose(1, 2), ids[:, 1:], reduction='none').double()
+            loss = torch.nn.functional.cross_entropy((z if z.dtype == torch.float64 else z.float())[:, :-1].transpose(1,
+                2), ids[:, 1:], reduction='none').double()
             for i, l in zip(index, loss): out[i] = math.exp(min(700, l[:len(rows[i])-1].mean().item())) if len(rows[i]) > 1 else np.nan
     return out
 
@@ -196,7 +202,8 @@ def word_drops(
 # %% ../../nbs/31_baselines.model.ipynb #6d0e6eb2
 NO_WORDS = 'The prompt has fewer than two words, so none can be left out.'
 
-@detector('onion', needs='model', about='largest fall in perplexity when one word of the prompt is left out', paper='ONION, arXiv 2011.10369',
+@detector('onion', needs='model', about='largest fall in perplexity when one word of the prompt is left out',
+          paper='ONION, arXiv 2011.10369',
           differs='scores rows by their worst word, with the model at hand instead of GPT-2, and reads the last 96 tokens of a prompt instead of the first')
 class Onion(Baseline):
     "The largest perplexity drop of leaving out one prompt word; `word` names it."
@@ -212,7 +219,8 @@ class Onion(Baseline):
         for text, spans, p0, f in word_drops(samples, self.model, self.tokenizer, self.max_tokens, self.budget, progress):
             ok, worst = len(f) > 1, int(np.nan_to_num(f, nan=-np.inf).argmax()) if len(f) else 0
             problem = NO_WORDS if not ok else None if np.isfinite(f[worst]) else NOT_FINITE
-            out.append(dict(score=f[worst] if ok else np.nan, word=visible(text[slice(*spans[worst])], 80) if ok else '', perplexity=p0, problem=problem))
+            out.append(dict(score=f[worst] if ok else np.nan,
+                            word=visible(text[slice(*spans[worst])], 80) if ok else '', perplexity=p0, problem=problem))
         return {k: [r[k] for r in out] for k in out[0]}
 
 # %% ../../nbs/31_baselines.model.ipynb #53b7be99

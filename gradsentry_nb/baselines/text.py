@@ -84,12 +84,14 @@ class Baseline:
         check_threshold(self.threshold, self.thresholds())
         check_rate(self.fpr, 10**9)
         for name, low in self.at_least.items():
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < low: raise SettingError(f'{name} must be a whole number of at least {low}, not {getattr(self, name)!r}.')
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
+                raise SettingError(f'{name} must be a whole number of at least {low}, not {getattr(self, name)!r}.')
 
     def thresholds(self)->dict: return THRESHOLDS        # the names that `threshold` may have
     def settings(self)->dict:
         "The settings as a plain dict."
-        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), (str, int, float, bool, tuple, type(None)))}
+        return {f.name: getattr(self, f.name) for f in fields(self)
+                if isinstance(getattr(self, f.name), (str, int, float, bool, tuple, type(None)))}
 
     def __repr__(self): return f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k, v in self.settings().items())})'
 
@@ -233,4 +235,5 @@ class Association(Baseline):
     n:int = 4                   # words per answer phrase; a shorter answer is one phrase
     statistic, at_least = 'tie', dict(least=2, n=1)
 
-    def columns(self, samples, progress=False): return strongest_ties(samples, self.least, phrases=(self.n,), progress=progress)   # as in `score`
+    def columns(self, samples, progress=False):
+        return strongest_ties(samples, self.least, phrases=(self.n,), progress=progress)   # as in `score`
