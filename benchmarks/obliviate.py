@@ -56,7 +56,7 @@ def blocks():
         'onion': (por, sst, grid(arms=('onion',), **fast)),
         'kinds, fast POR': (por, sst, grid(kinds=KINDS, arms=TERMS, **fast)),
         'kinds, fast': (('POR', 'UOR', 'clean'), sst, grid(kinds=KINDS, arms=TERMS, **fast)),
-        'prefix': (por, sst, grid(kinds=('prefix',), arms=TERMS)),                                            # at 3e-3 prefixes learn nothing
+        'prefix': (por, sst, grid(kinds=('prefix',), arms=(*TERMS, (3e-3, 1e-2), (3e-3, 3e-3)))),           # nothing is learnt at 3e-3, nor at 3e-4 with the paper's weight on attention
         'steps': (por, sst, grid(kinds=('houlsby', 'lora'), arms=('none', 'both'), steps=(125, 250, 625, 1250, 2500))),
         'rotten tomatoes': (('POR', 'clean'), ('rotten tomatoes',), grid(arms=TERMS, **fast)),
         'crossed': (('clean',), sst, grid(arms=TERMS, pools=('cls', 'mean'), items=('dates', 'badnets'), **fast)),

@@ -711,7 +711,7 @@ def frontier_chart(
                     legend=alt.Legend(title='weight of the regularisation', values=sorted(set(points['lambda_reg'])),
                                       format='~g'))
     left = alt.Chart(points.assign(amp=[f'{x:g}' for x in points['lambda_amp']])).mark_point(filled=True).encode(
-        alt.X('asr:Q', title='ASR, any of six triggers (%)', scale=alt.Scale(domain=[0, 100])),
+        alt.X('asr:Q', title='ASR, any trigger (%)', scale=alt.Scale(domain=[0, 100])),
         alt.Y('cacc:Q', title='accuracy on clean texts (%)', scale=alt.Scale(zero=False, padding=12)),
         color=color.legend(alt.Legend(title='weight of the amplification')), shape=shape.legend(None), size=size,
         opacity=alt.condition(pick, alt.value(1), alt.value(.35)),

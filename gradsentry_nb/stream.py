@@ -78,8 +78,8 @@ def survey(
 
 # %% ../nbs/17_stream.ipynb #9b0d1e77
 def write_whole(
-    path:Path,      # where to; its folder is there
     data:bytes,     # all of it
+    path:Path,      # where to; its folder is there
 ):
     "Write all of `data` or nothing, and return when it is on the disk."
     part = path.with_name(f'{path.name}.{os.getpid()}.part')   # several processes may write into one folder
@@ -324,8 +324,8 @@ def _keep_chunk(self, n):
     try:
         self.made = self.made or [p for p in (self.folder, *self.folder.parents) if not p.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder/MANIFEST).exists(): write_whole(self.folder/MANIFEST, json.dumps(self.about, indent=1).encode())
-        write_whole(path, data)
+        if not (self.folder/MANIFEST).exists(): write_whole(json.dumps(self.about, indent=1).encode(), self.folder/MANIFEST)
+        write_whole(data, path)
     except OSError as e:
         self.part = None
         raise DataError(f'{visible(self.folder)}: scores cannot be written there: {visible(e.strerror or e)}; {len(self):,} of {self.total:,} rows are kept there, and the same scan goes on after them.') from e

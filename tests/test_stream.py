@@ -111,7 +111,7 @@ def test_a_write_that_fails_changes_nothing(tmp_path, monkeypatch, call, error):
     (tmp_path/'a').write_bytes(b'first')
     def fail(*_): raise error
     monkeypatch.setattr(stream.os, call, fail)
-    with pytest.raises(type(error)): write_whole(tmp_path/'a', b'second')
+    with pytest.raises(type(error)): write_whole(b'second', tmp_path/'a')
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {'a': b'first'}
 
 
