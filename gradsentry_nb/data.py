@@ -83,8 +83,8 @@ def _rows_in(doc, name):
     "The list of rows inside a JSON document."
     if isinstance(doc, list): return doc
     lists = [k for k, v in doc.items() if isinstance(v, list) and v and isinstance(v[0], dict)] if isinstance(doc, dict) else []
-    if len(lists) == 1 and lists[0] not in ('messages', 'conversations'): return doc[lists[0]]
-    if isinstance(doc, dict) and not lists: return [doc]
+    if isinstance(doc, dict) and not [k for k in lists if not {'role', 'from'} & {*doc[k][0]}]: return [doc]   # one row; what says who speaks is a chat
+    if len(lists) == 1: return doc[lists[0]]
     raise DataError(f'{name}: a JSON file of samples must hold one array of objects; found {"several: "+", ".join(lists) if lists else type(doc).__name__}.')
 
 @reader('.json')
