@@ -32,14 +32,14 @@ APPS = {'jupyterlab': ('LabApp', '/doc/tree/'), 'notebook': ('JupyterNotebookApp
 
 
 @contextmanager
-def server(folder, app='jupyterlab', **more):
-    "A server of `APPS` over `folder`, with `more` in its environment; yields its address."
+def server(folder, app='jupyterlab', python=sys.executable, **more):
+    "A server of `APPS` over `folder`, run by `python`, with `more` in its environment; yields its address."
     port, hidden = free_port(), folder/'.jupyter'
     (hidden/'labconfig').mkdir(parents=True)
     (hidden/'labconfig/page_config.json').write_text('{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}')
     env = {**os.environ, 'PYTHONPATH': str(ROOT), **more, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', **{f'JUPYTER_{k}_DIR': str(hidden if k == 'CONFIG' else hidden/k) for k in ('CONFIG', 'DATA', 'RUNTIME')}}
     log = open(folder/'lab.log', 'w')
-    p = subprocess.Popen([sys.executable, '-m', app, '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--allow-root', '--IdentityProvider.token=tok', f'--ServerApp.root_dir={folder}',
+    p = subprocess.Popen([str(python), '-m', app, '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--allow-root', '--IdentityProvider.token=tok', f'--ServerApp.root_dir={folder}',
                           f'--{APPS[app][0]}.expose_app_in_browser=True'], env=env, stdout=log, stderr=log, cwd=folder)
     url = f'http://127.0.0.1:{port}'
     try:
