@@ -2546,7 +2546,10 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                        'gradsentry_nb.widgets._tell': ('widgets.html#_tell', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets.dashboard': ('widgets.html#dashboard', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets.judge_by': ('widgets.html#judge_by', 'gradsentry_nb/widgets.py'),
+                                       'gradsentry_nb.widgets.late_front_ends': ( 'widgets.html#late_front_ends',
+                                                                                  'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets.panel': ('widgets.html#panel', 'gradsentry_nb/widgets.py'),
+                                       'gradsentry_nb.widgets.reload_note': ('widgets.html#reload_note', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets.renderer': ('widgets.html#renderer', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets.static_html': ('widgets.html#static_html', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets.view': ('widgets.html#view', 'gradsentry_nb/widgets.py')}}}

@@ -20,7 +20,7 @@ from gradsentry_nb.data import load_samples
 from gradsentry_nb.demo import demo_model, demo_samples
 from gradsentry_nb.evaluate import evaluate
 from gradsentry_nb.sentry import Sentry
-from gradsentry_nb.widgets import RowTable, dashboard, renderer, view
+from gradsentry_nb.widgets import RowTable, dashboard, late_front_ends, reload_note, renderer, view
 
 
 @cache
@@ -365,6 +365,17 @@ def test_a_wrong_choice_leaves_the_controls_as_they_were():
     w = shown(); w.board.frame['tokens'] = np.nan
     w.adjusted.value = True
     assert 'cannot be adjusted' in w.status.value and not w.adjusted.value and not w.board.adjusted
+
+
+def test_a_front_end_that_came_late(monkeypatch, tmp_path):
+    monkeypatch.delenv('GRADSENTRY_RENDERER', raising=False); monkeypatch.setenv('JUPYTER_PATH', str(tmp_path)); monkeypatch.setenv('JUPYTER_PREFER_ENV_PATH', '0')
+    assert late_front_ends() == [] and reload_note('live') == reload_note('plain') == ''
+    (tmp_path/'labextensions/anywidget').mkdir(parents=True); (tmp_path/'labextensions/anywidget/package.json').write_text('{}')     # stands before those of the environment
+    assert late_front_ends() == ['anywidget'] and renderer() == 'plain' and renderer('live') == 'live'
+    assert 'plain view' in reload_note('plain') and 'reload the page' in reload_note('live')
+    (tmp_path/'labextensions/@jupyter-widgets/jupyterlab-manager').mkdir(parents=True); (tmp_path/'labextensions/@jupyter-widgets/jupyterlab-manager/package.json').write_text('{}')
+    assert late_front_ends() == ['anywidget', 'ipywidgets'] and 'anywidget and ipywidgets' in reload_note('plain')
+    monkeypatch.setitem(sys.modules, 'google.colab', object()); assert late_front_ends() == []
 
 
 @pytest.mark.parametrize('how', ['live', 'plain'])
