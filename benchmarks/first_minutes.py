@@ -63,12 +63,13 @@ def notebook(work, hosted):
     install = f'%pip install -qq {TORCH}\n'*(not hosted)+f'%pip install -qq {work/"clone"}\nprint("installed")'
     (work/'lab').mkdir(); (work/'lab/first.ipynb').write_text(cells(install, CELL) if hosted else cells(install)); (work/'lab/second.ipynb').write_text(cells(CELL))
     with server(work/'lab', python=python, PYTHONPATH='') as url, sync_playwright() as p:
-        lab = Lab(p.chromium.launch(executable_path=CHROMIUM, args=FLAGS).new_context(viewport=dict(width=1400, height=1200)), url).open('first.ipynb', run=False)
+        context = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS).new_context(viewport=dict(width=1400, height=1200))
+        lab = Lab(context, url).open('first.ipynb', run=False)
         run_all = lambda: lab.page.evaluate(RUN_ALL.replace('await jupyterapp.commands', 'jupyterapp.commands'))     # and do not wait
         start = time.monotonic(); run_all()
         lab.page.locator('.jp-OutputArea-output', has_text='installed').first.wait_for(timeout=900_000)
         middle = time.monotonic()
-        if not hosted: lab.open('second.ipynb', run=False); run_all()
+        if not hosted: lab = Lab(context, url).open('second.ipynb', run=False); run_all()
         lab.page.wait_for_function(DRAWN, timeout=300_000)
         end = time.monotonic()
         lab.page.locator('.widget-html', has_text='done: ').first.wait_for(timeout=120_000)
