@@ -3,7 +3,7 @@
     python -m benchmarks.first_minutes [--store]
 
 Every way starts from a fresh clone of what is committed and a fresh environment. `clone` is `git clone` and `make demo`, until the verdict is printed. `hosted` and `bare` are a notebook that runs in JupyterLab in Chromium, where a cell installs the package and the next one opens the
-live view of the demo set, until its charts are drawn: `hosted` has the large packages already, as Colab and Kaggle do; `bare` has JupyterLab alone, and the page is loaded anew after the install, because a page knows only the widgets that were there when it was opened. What pip downloads depends on the network and on what it has downloaded before, so these are minutes of one machine and no promise for another."""
+live view of the demo set, until its charts are drawn: `hosted` has the large packages already, as Colab and Kaggle do; `bare` has JupyterLab alone, and the view is opened in a second notebook on a page of its own, because a page knows only the widgets that were there when it was opened. What pip downloads depends on the network and on what it has downloaded before, so these are minutes of one machine and no promise for another."""
 import argparse
 import os
 import re
