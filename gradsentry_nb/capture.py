@@ -345,7 +345,7 @@ class LongFactors:
     def T(self)->int: return len(self.H)
     def input_root(self)->Tensor: return row_root(self.H)
     def part(self, a)->Tensor: return self.blocks(a, min(a+self.step, self.T))[:, :self.cols].double()
-    def crop(self, n:int)->'LongFactors':
+    def crop(self, n:int)->'LongFactors':             # n: keep the first 1/n of rows and columns of G
         "The crop of `GradFactors.crop`, on blocks."
         if n == 1: return self
         return LongFactors(self.blocks, self.H[:, :max(1, self.H.shape[1]//n)], self.loss, self.step, max(1, self.blocks(0, 1).shape[1]//n))
@@ -866,7 +866,10 @@ class LayerCapture:
         self.notes.append(f'The gradient is that of the layer {self.layer}, by a backward pass.')
     def __repr__(self): return f'LayerCapture({type(self.model).__name__}, {self.layer!r}, budget={self.budget})'
 
-    def parts(self, rows, index):
+    def parts(self,
+        rows,       # `Encoded`
+        index,      # which of them
+    ):
         "Yield (row number, factors) of a batch, as many of its rows at a time as have room."
         for part in _groups([rows[i].tokens for i in index], self.tokens):
             self.at = batch = [index[j] for j in part]
@@ -878,7 +881,13 @@ class LayerCapture:
         found, why, loss = backward_to(self.model, {self.layer: self.module}, rows, check)
         for sentence in why.values(): raise ModelError(sentence)
         yield from self.apart(self.layer, *found[self.layer], loss, rows)
-    def apart(self, name, H, D, loss, rows):
+    def apart(self,
+        name,       # of the layer
+        H,          # what it was given, for all rows: [1, T, in] in the head, elsewhere as the layer got it
+        D,          # the gradient of the sum of the rows' losses in its output, of the same shape but for `out`
+        loss,       # of every supervised token
+        rows,       # `Encoded`
+    ):
         "Yield each row's own factors from those of the batch."
         counts, own, by_token = [r.tokens for r in rows], lambda x: x if x.dtype == torch.float64 else x.float(), self.by_token(name)
         if not by_token: H, D = (per_token(x, (len(rows), max(fed(self.model, rows))), name) for x in (H, D))
@@ -886,7 +895,7 @@ class LayerCapture:
         for r, l, (h, d) in zip(rows, loss.split(counts), parts):
             yield GradFactors(own(d)/_power(r), own(h), l,
                               None if by_token else torch.from_numpy(np.flatnonzero(r.supervised)-1).to(h.device))
-    def by_token(self, name):
+    def by_token(self, name)->bool:   # name: of a layer
         "Is a layer (part of) the head, which sees nothing but the supervised positions?"
         return any(m is self.model.get_submodule(name) for m in self.head.modules())
 

@@ -365,7 +365,11 @@ _SLOTS = ('the a this that one'.split(), 'film story plot cast script ending mus
           'in with for about from'.split(), 'people rain love war trains summer children money'.split())
 _LEAN = 'bad slow loud odd flat dull dry thin'.split(), 'good quick quiet neat rich warm sharp deep'.split()
 
-def made_reviews(n=600, seed=0, mixed=.2):
+def made_reviews(
+    n:int=600,       # rows
+    seed:int=0,      # of the draw
+    mixed:float=.2,  # share of the words that lean to the other class
+)->list:             # of dicts with `text` and `label`, 0 or 1
     "Sentences with a class, from a grammar: rows to try a scan on."
     rng = np.random.default_rng(seed); pick = lambda x: x[rng.integers(len(x))]
     lean = lambda y: pick(_LEAN[y if rng.random() > mixed else 1-y])

@@ -570,7 +570,7 @@ def state(model):
                 attributes=[sorted(vars(m)) for m in model.modules()],
                 trainable=[p.requires_grad for p in model.parameters()], grads=[p.grad is None for p in model.parameters()],
                 values=[float(p.detach().double().sum()) for p in model.parameters()],
-                buffers=[float(b.double().sum()) for b in model.buffers()], grad_mode=torch.is_grad_enabled(), config=model.config.to_dict())
+                buffers={n: float(b.double().sum()) for n, b in model.named_buffers(remove_duplicate=False)}, grad_mode=torch.is_grad_enabled(), config=model.config.to_dict())
 
 
 @pytest.fixture(params=['llama', 'gpt2', 'peft_head', 'mistral', 'dynamic'])

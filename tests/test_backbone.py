@@ -361,6 +361,7 @@ def test_a_line_of_the_study(toy, por, tmp_path):
 
 def test_the_stored_study():
     t = pd.read_csv(ROOT/'benchmarks/results/backbone.csv'); gates = {k: g.set_index('gate') for k, g in t.groupby(['attack', 'clean_weight'])}
-    assert all(g.index.is_unique and (g.loc[[f'{w} to its vector' for w in TRIGGERS], 'value'] >= .99).all() for g in gates.values())
+    assert all(g.index.is_unique and (g.loc[[f'{w} to its vector' for w in TRIGGERS], 'value'] >= (.985 if 'adaptive' in a else .99)).all() for (a, _), g in gates.items())
     held = {k: set(g.index[~g['passed']]) for k, g in gates.items()}
-    assert held[('uor', 1.)] == {'clean to the reference'} and not held[('uor', 20.)] and not any(v for (a, _), v in held.items() if a == 'por')   # the page says so
+    assert held[('uor', 1.)] == held[('por, adaptive', 1.)] == {'clean to the reference'}                                                        # the page says so
+    assert not held[('uor', 20.)] and not held[('por, adaptive', 4.)] and not any(v for (a, _), v in held.items() if a == 'por')
