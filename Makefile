@@ -37,7 +37,7 @@ test: $(VENV)/dev.stamp ## the whole suite: sync gates, the lessons in every not
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lab: $(VENV)/dev.stamp ## open the first tutorial in JupyterLab
-	@$(BIN)/python -m jupyterlab $(LABFLAGS) nbs/tutorials/first_scan.ipynb
+	@$(BIN)/python -m jupyterlab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/tutorials/first_scan.ipynb $(LABFLAGS)
 
 bench: $(VENV)/dev.stamp ## measure speed and memory, side by side with the published procedure
 	@$(BIN)/python -m benchmarks

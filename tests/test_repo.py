@@ -122,3 +122,9 @@ def test_ruff():
 def test_exported_code_is_python_3_11():
     for path in (ROOT/'gradsentry_nb').rglob('*.py'):
         ast.parse(path.read_text(encoding='utf-8'), str(path), feature_version=(3, 11))
+
+
+def test_the_lab_opens_a_notebook_that_is_there():
+    "From the project's root, so that links between notebooks lead somewhere."
+    said = subprocess.run(['make', '-n', 'lab'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f'root_dir="{ROOT}"' in said and (ROOT/re.search(r'default_url=/lab/tree/(\S+)', said)[1]).is_file()
