@@ -54,6 +54,7 @@ def blocks():
         'long, houlsby': (por, sst, grid(kinds=('houlsby',), arms=('none', 'both', (0, .1), (3e-3, .1)), lrs=(3e-3,), steps=(1000,))),
         'neighbours': (por, sst, grid(arms=('none', 'heads pruned', 'last layer anew', 'no dropout'), **fast)),
         'onion': (por, sst, grid(arms=('onion',), **fast)),
+        'houlsby': (('POR', 'UOR'), sst, grid(kinds=('houlsby',), arms=TERMS, **fast)),
         'kinds, fast POR': (por, sst, grid(kinds=KINDS, arms=TERMS, **fast)),
         'kinds, fast': (('POR', 'UOR', 'clean'), sst, grid(kinds=KINDS, arms=TERMS, **fast)),
         'prefix': (por, sst, grid(kinds=('prefix',), arms=(*TERMS, (3e-3, 1e-2), (3e-3, 3e-3)))),           # nothing is learnt at 3e-3, nor at 3e-4 with the paper's weight on attention
