@@ -27,6 +27,7 @@ def _scan_arguments(p):
     p.add_argument('--model', required=True, metavar='PATH_OR_NAME', help='a causal language model before fine-tuning: folder or hub name')
     model_arguments(p); room_arguments(p); _scan_options(p, 'gradsentry-out')
 
+# %% ../nbs/52_cli.ipynb #7d0001b3
 def _version():
     from importlib.metadata import PackageNotFoundError, version
     try: return version('gradsentry_nb')
