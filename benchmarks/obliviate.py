@@ -43,9 +43,8 @@ def blocks():
         'rates': (por, sst, grid(kinds=('lora', 'houlsby'), arms=('none', 'both'), lrs=(1e-3, 3e-3, 3e-4), steps=(250,))),
         'terms': (por, sst, grid(arms=('none', 'reg', 'amp', 'both', 'norm-matched', 'rescaled', 'scaled, head refit'), **fast)),
         'clean': (('clean',), sst, grid(arms=('none', 'both'), **fast)),
-        'words muted': (('POR', 'clean'), sst, grid(arms=('words muted',), **fast)),                        # the words that `benchmarks.backbone --scan` found and stored
+        'words muted': (('POR', 'UOR', 'clean'), sst, grid(arms=('words muted',), **fast)),                 # the words that `benchmarks.backbone --scan` found and stored
         'words muted, paper rate': (por, sst, grid(arms=('words muted',))),
-        'words muted, others': (('UOR',), sst, grid(arms=('words muted',), **fast)),
         'words muted, adaptive': (('POR, adaptive',), sst, grid(arms=('words muted',), **fast)),
         'UOR': (('UOR',), sst, grid(arms=TERMS, **fast)),
         'frontier': (por, sst, grid(arms=PAIRS, **fast)),
@@ -55,7 +54,6 @@ def blocks():
         'neighbours': (por, sst, grid(arms=('none', 'heads pruned', 'last layer anew', 'no dropout'), **fast)),
         'onion': (por, sst, grid(arms=('onion',), **fast)),
         'houlsby': (('POR', 'UOR'), sst, grid(kinds=('houlsby',), arms=TERMS, **fast)),
-        'kinds, fast POR': (por, sst, grid(kinds=KINDS, arms=TERMS, **fast)),
         'kinds, fast': (('POR', 'UOR', 'clean'), sst, grid(kinds=KINDS, arms=TERMS, **fast)),
         'prefix': (por, sst, grid(kinds=('prefix',), arms=(*TERMS, (3e-3, 1e-2), (3e-3, 3e-3)))),           # nothing is learnt at 3e-3, nor at 3e-4 with the paper's weight on attention
         'steps': (por, sst, grid(kinds=('houlsby', 'lora'), arms=('none', 'both'), steps=(125, 250, 625, 1250, 2500))),

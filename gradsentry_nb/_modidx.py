@@ -2544,6 +2544,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/gradsentry_nb', 'doc_host'
                                        'gradsentry_nb.widgets._sketch': ('widgets.html#_sketch', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets._snap': ('widgets.html#_snap', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets._tell': ('widgets.html#_tell', 'gradsentry_nb/widgets.py'),
+                                       'gradsentry_nb.widgets._usual': ('widgets.html#_usual', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets.dashboard': ('widgets.html#dashboard', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets.judge_by': ('widgets.html#judge_by', 'gradsentry_nb/widgets.py'),
                                        'gradsentry_nb.widgets.late_front_ends': ( 'widgets.html#late_front_ends',

@@ -83,7 +83,7 @@ def _rows_in(doc, name):
     "The list of rows inside a JSON document."
     if isinstance(doc, list): return doc
     lists = [k for k, v in doc.items() if isinstance(v, list) and v and isinstance(v[0], dict)] if isinstance(doc, dict) else []
-    if isinstance(doc, dict) and not [k for k in lists if not {'role', 'from'} & {*doc[k][0]}]: return [doc]   # one row; what says who speaks is a chat
+    if isinstance(doc, dict) and all({'role', 'from'} & {*doc[k][0]} for k in lists): return [doc]   # one row; what says who speaks is a chat
     if len(lists) == 1: return doc[lists[0]]
     raise DataError(f'{name}: a JSON file of samples must hold one array of objects; found {"several: "+", ".join(lists) if lists else type(doc).__name__}.')
 
@@ -157,8 +157,7 @@ def guess_layout(
         return Layout('instruction', 'output', 'input' if 'input' in columns else None, alpaca=True)
     if len(p) == 1 and len(r) == 1 and not chat: return Layout(p[0], r[0], *[c for c in ('context',) if c in columns])
     if not columns: raise DataError(f'{name}: its first row has no fields; it needs a prompt and a response.')
-    what = 'no column that is surely the prompt and the response' if not (p
-        and r) else f'several that could be them ({", ".join(p+r+chat)})'
+    what = 'no column that is surely the prompt and the response' if not (p and r) else f'several that could be them ({", ".join(p+r+chat)})'
     raise DataError(f'{name}: {what}; the columns are {", ".join(map(visible, map(str, columns)))}. Name them with prompt= and response= (--prompt, --response).')
 
 # %% ../nbs/01_data.ipynb #badd9941
@@ -230,8 +229,7 @@ class Samples(list):
         super().__init__(items); self.source, self.said, self.path = source, list(said), path
     def __repr__(self): return f'Samples({len(self)} rows from {self.source}: {"; ".join(self.said)})'
     def __getitem__(self, i):
-        return Samples(super().__getitem__(i), self.source, self.said, self.path) if isinstance(i,
-            slice) else super().__getitem__(i)
+        return Samples(super().__getitem__(i), self.source, self.said, self.path) if isinstance(i, slice) else super().__getitem__(i)
     def _repr_html_(self):
         import html, pandas as pd
         rows = [dict(row=s.row, prompt='…'*(len(s.prompt) > 120)+visible(s.prompt[-120:]),
@@ -651,8 +649,7 @@ def _from_samples(rows, text_field, label_field):
     held = [f for f in (metas or [{}])[0] if f != label_field
             and all(m.get(f) == s.prompt for m, s in zip(metas, rows))]  # where the prompt was read from
     def back(texts, ids):
-        raw = lambda m, s, t: {**m, **dict.fromkeys(held, t)} if held else dict(prompt=t, response=s.response,
-            **{label_field: m[label_field]})
+        raw = lambda m, s, t: {**m, **dict.fromkeys(held, t)} if held else dict(prompt=t, response=s.response, **{label_field: m[label_field]})
         return Samples([replace(s, id=i, prompt=t, raw=_dump(raw(m, s, t))) for s, m, t, i in zip(rows, metas, texts, ids)],
                        getattr(rows, 'source', 'rows'), getattr(rows, 'said', ()))
     ids, replies = [s.id for s in rows], [s.response for s in rows]

@@ -373,6 +373,7 @@ def test_a_front_end_that_came_late(monkeypatch, tmp_path):
     (tmp_path/'labextensions/anywidget').mkdir(parents=True); (tmp_path/'labextensions/anywidget/package.json').write_text('{}')     # stands before those of the environment
     assert late_front_ends() == ['anywidget'] and renderer() == 'plain' and renderer('live') == 'live'
     assert 'plain view' in reload_note('plain') and 'reload the page' in reload_note('live')
+    with monkeypatch.context() as m: m.setenv('KAGGLE_KERNEL_RUN_TYPE', 'Interactive'); assert renderer() == 'plain' and reload_note('plain') == ''     # where a restart would bring nothing else
     (tmp_path/'labextensions/@jupyter-widgets/jupyterlab-manager').mkdir(parents=True); (tmp_path/'labextensions/@jupyter-widgets/jupyterlab-manager/package.json').write_text('{}')
     assert late_front_ends() == ['anywidget', 'ipywidgets'] and 'anywidget and ipywidgets' in reload_note('plain')
     monkeypatch.setitem(sys.modules, 'google.colab', object()); assert late_front_ends() == []
