@@ -116,7 +116,7 @@ def setting_chart(
     if not rows: return _empty('there is no run of this setting')
     color, shape, _ = _who(['with items', 'without items'], 'trained')
     data = alt.Chart(pd.DataFrame(rows).round(2)).encode(alt.Y('what:N', sort=list(SHOWN.values()), title=None,
-                                                               axis=alt.Axis(grid=True, labelLimit=300)),
+                                                               axis=alt.Axis(grid=True, labelLimit=300, minExtent=170)),   # for wide fonts
                                                          alt.YOffset('trained:N', sort=['with items', 'without items']),
                                                          color=color)
     X = lambda c: alt.X(f'{c}:Q', title='% of the test texts (accuracy is balanced)', scale=alt.Scale(domain=[0, 100], clamp=True))
@@ -124,11 +124,9 @@ def setting_chart(
     ticks = alt.Chart(seeds).mark_tick(thickness=1, size=9, opacity=.7).encode(alt.X('at:Q'),
         alt.Y('what:N', sort=list(SHOWN.values())), alt.YOffset('trained:N', sort=['with items', 'without items']),
         color=color) if len(cells) > 1 else None
-    layers = [data.transform_filter('isValid(datum.low)').mark_rule(opacity=.6, strokeWidth=2).encode(X('low'),
-        alt.X2('high:Q')), *filter(None, [ticks]),
+    layers = [data.transform_filter('isValid(datum.low)').mark_rule(opacity=.6, strokeWidth=2).encode(X('low'), alt.X2('high:Q')), *filter(None, [ticks]),
               data.mark_point(size=70, opacity=1, filled=True).encode(X('mean'), shape=shape,
-                                                                      tooltip=['trained:N', 'what:N', 'mean:Q', 'low:Q',
-        'high:Q'])]
+                                                                      tooltip=['trained:N', 'what:N', 'mean:Q', 'low:Q', 'high:Q'])]
     return themed(alt.layer(*layers), '', width=330, height=alt.Step(16))
 
 # %% ../nbs/53_ssti_view.ipynb #0507685a
@@ -153,12 +151,10 @@ def place_chart(
     rule = alt.Chart(pd.DataFrame(dict(share=[share]))).mark_rule(color=GREY, strokeDash=[4, 3]).encode(x='share:Q')
     layers = [rule, base.mark_line(strokeWidth=2).encode(color=hue,
                                                          opacity=alt.condition('datum.here', alt.value(1),
-        alt.value(.5))), base.transform_filter('isValid(datum.low) && datum.here').mark_rule(opacity=.6,
-        color=KEPT).encode(alt.Y('low:Q'), alt.Y2('high:Q')),
+        alt.value(.5))), base.transform_filter('isValid(datum.low) && datum.here').mark_rule(opacity=.6, color=KEPT).encode(alt.Y('low:Q'), alt.Y2('high:Q')),
               base.mark_point(size=40, filled=True, opacity=1).encode(color=hue,
                                                                       tooltip=['tuned:N', 'share:Q', 'mean:Q',
-        'seeds:Q']), base.transform_filter(f'datum.here && datum.share == {share}').mark_point(size=220, color=KEPT,
-        opacity=1, strokeWidth=2),
+        'seeds:Q']), base.transform_filter(f'datum.here && datum.share == {share}').mark_point(size=220, color=KEPT, opacity=1, strokeWidth=2),
               alt.Chart(ends.assign(at=at)[['share', 'at', 'said', 'here']]).mark_text(align='left', dx=12,
         fontSize=11).encode(x='share:Q', y='at:Q', text='said:N', color=hue)]
     return themed(alt.layer(*layers), '', width=330, height=190)
@@ -245,8 +241,7 @@ def _build(self, every):
     self.seed = W.Dropdown(options=self.seeds(), value='all', description='seed', style=dict(description_width='90px'),
                            layout=W.Layout(width='340px'))
     for w in (self.which, self.seed, *self.sliders.values()): w.observe(self.on_move, 'value')
-    self.go, self.end = _button('run this setting', self.on_go, button_style='primary', icon='play'), _button('stop',
-        self.on_end, icon='stop', disabled=True)
+    self.go, self.end = _button('run this setting', self.on_go, button_style='primary', icon='play'), _button('stop', self.on_end, icon='stop', disabled=True)
     self.bar, self.progress, self.status, self.head, self.why = W.IntProgress(max=1,
         layout=W.Layout(width='180px', visibility='hidden')), W.HTML(), W.HTML(), W.HTML(), W.HTML()
     self.pictures = W.HTML(layout=W.Layout(overflow='auto'))
@@ -267,8 +262,7 @@ def _head(self)->str:
         ways = [f'{SLIDERS[k]} {", ".join(_said(k, v) for v in vs)}' for k, vs in ways_out(self.done, self.setting).items() if vs]
         what = f'No stored run has seed {self.seed.value} for this setting.' if self.seed.value != 'all' and at_setting(self.done, self.setting).any() else 'There is no stored run for this setting, and nothing is interpolated.'
         return f'<b>{what}</b>' + (f' With one slider moved there is: {"; ".join(ways)}.' if ways else ' No stored run is one slider away.')
-    number = lambda v, unit, k: '<b>{:.1f}</b> {} ({:.1f} to {:.1f})'.format(k*over_runs(c, v)[0], unit,
-        *(k*x for x in over_runs(c, v)[1:]))
+    number = lambda v, unit, k: '<b>{:.1f}</b> {} ({:.1f} to {:.1f})'.format(k*over_runs(c, v)[0], unit, *(k*x for x in over_runs(c, v)[1:]))
     said = [f'gap {number("gap", "points", 1)}', f'forced share {number("forced", "%", 100)}',
             f'balanced accuracy on clean texts {number("clean_balanced", "%", 100)}']
     if len(base): said.append(f'without items in the training it is {100*over_runs(base, "clean_balanced")[0]:.1f} %')
@@ -355,8 +349,7 @@ def _on_run(self, run):
 
 def _finish(self, run):
     "Take the row in."
-    reason = f'{type(run.error).__name__}: {run.error}' if run.error is not None and not isinstance(run.error,
-        GradSentryError) else str(run.error or '')
+    reason = f'{type(run.error).__name__}: {run.error}' if run.error is not None and not isinstance(run.error, GradSentryError) else str(run.error or '')
     if run.state == 'done' and run.table['status'].iloc[0] == 'failed': reason = run.table['reason'].iloc[0]
     elif run.state == 'done': self.add(run.table)
     if reason: self.say(f'The run failed: {reason}')
