@@ -251,8 +251,7 @@ Board.use, Board.entropies = _use, _entropies
 def _known(self):
     "Scores of the rows that are known to be clean: those that were given, and those that were marked."
     marked = [self.at[i] for i, m in self.marks.items() if m == 'clean' and i in self.at]
-    given = [] if self.clean is None or self.statistic not in self.clean else self.values(self.clean,
-        self.statistic)-self.trend(self.clean['tokens'])
+    given = [] if self.clean is None or self.statistic not in self.clean else self.values(self.clean, self.statistic)-self.trend(self.clean['tokens'])
     x = np.r_[given, self.score[marked]]
     return x[np.isfinite(x)]
 

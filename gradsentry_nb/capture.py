@@ -589,8 +589,7 @@ def _side(self, rows, groups, reduce, line, over):
 def _by_two(self, rows, groups, reduce):
     "As `reduced`, by two threads with every other row of each group."
     by_length = lambda members: sorted(members, key=lambda i: len(rows[i]))
-    crew, lines, over = [replace(self, budget=self.budget//2, room=self.room//2) for _ in 'ab'], [queue.Queue(64)
-        for _ in 'ab'], threading.Event()
+    crew, lines, over = [replace(self, budget=self.budget//2, room=self.room//2) for _ in 'ab'], [queue.Queue(64) for _ in 'ab'], threading.Event()
     threads = [threading.Thread(target=c.side,
                                 args=(rows, [(ids, up, by_length(members)[k::2]) for ids, up, members in groups],
                                       reduce, lines[k], over), daemon=True) for k, c in enumerate(crew)]
@@ -845,8 +844,7 @@ def per_token(
 # %% ../nbs/10_capture.ipynb #143e9049
 def _layer_room(self):
     "The most tokens of a batch, and of its supervised ones, for a capture with a backward pass."
-    return self.budget or (1024 if run_device(self.model).type == 'cpu' else 2048), max(1,
-        self.room//self.model.get_input_embeddings().weight.shape[0])
+    return self.budget or (1024 if run_device(self.model).type == 'cpu' else 2048), max(1, self.room//self.model.get_input_embeddings().weight.shape[0])
 
 @dataclass(eq=False)
 class LayerCapture:

@@ -160,8 +160,7 @@ def _bars(bins, statistic):
     X = alt.X('start:Q', title=_title(statistic), scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False, tickCount=6))
     Y = alt.Y('rows:Q', title='rows (square-root scale)', scale=alt.Scale(type='sqrt'), axis=alt.Axis(tickMinStep=1, tickCount=5))
     tips = [alt.Tooltip('start:Q', format='.4g'), alt.Tooltip('stop:Q', format='.4g'), 'rows:Q', 'side:N']
-    return alt.Chart(bins).mark_bar(orient='vertical', binSpacing=1, opacity=.85).encode(X, alt.X2('stop:Q'), Y,
-        alt.Y2(datum=0), _sides(), tooltip=tips)
+    return alt.Chart(bins).mark_bar(orient='vertical', binSpacing=1, opacity=.85).encode(X, alt.X2('stop:Q'), Y, alt.Y2(datum=0), _sides(), tooltip=tips)
 
 def score_histogram(
     frame:pd.DataFrame,           # one row per sample, with `score`
@@ -174,8 +173,7 @@ def score_histogram(
     bins = histogram_bins(x, cut.value)
     curved = bool(bins['curve'].notna().any())
     curve = [alt.Chart(bins[['middle', 'curve']]).mark_line(color=CURVE, strokeWidth=2,
-                                                            interpolate='monotone').encode(x='middle:Q',
-        y='curve:Q')]*curved
+                                                            interpolate='monotone').encode(x='middle:Q', y='curve:Q')]*curved
     found, left = _landmarks(cut, bins), len(frame)-len(x)
     return themed(alt.layer(_bars(bins, statistic), *curve, _rule(cut, bins), *_marks(found)), cut_sentence(frame, cut),
                   _named(found, curved), _how(cut),
@@ -381,8 +379,7 @@ def _spectrum_lines(d, names, longest):
     d = d.assign(share=_short(d['share']))
     some = d[d.groupby('name').cumcount() % (5 if far else 1) == 0]
     return [alt.Chart(d).mark_line(strokeWidth=1.5).encode(X, Y, color),
-            alt.Chart(some).mark_point(size=28, filled=True, opacity=1).encode(X, Y, color, shape=shape,
-        tooltip=['name:N', 'rank:Q', 'share:Q'])]
+            alt.Chart(some).mark_point(size=28, filled=True, opacity=1).encode(X, Y, color, shape=shape, tooltip=['name:N', 'rank:Q', 'share:Q'])]
 
 def spectra(
     svals,          # {name: singular values in any order}, or a frame with a column for each name
@@ -450,8 +447,7 @@ def sample_map(
           for kind, c, title in zip((alt.X, alt.Y), ('x:Q', 'y:Q'), axes)]
     layers = [alt.Chart(bare).mark_point(shape='cross', color=GREY, size=30).encode(*XY, tooltip=tips)]*bool(len(bare))
     if len(has):
-        layers.append(alt.Chart(has).mark_circle(size=26, opacity=.75).encode(*XY, _heat(x[known], cut, statistic),
-            tooltip=['score:Q', *tips]))
+        layers.append(alt.Chart(has).mark_circle(size=26, opacity=.75).encode(*XY, _heat(x[known], cut, statistic), tooltip=['score:Q', *tips]))
     return themed(alt.layer(*layers), 'Samples by their gradients', _sampled(pick, flagged),
                   _absent(known, 'Grey crosses: {} without a score'),
                   _absent(place, '{} without a place not shown'), height=280)
@@ -497,8 +493,7 @@ def _curve_chart(curves, point, chance, X, Y, step):
     color, _, dash = _who(names, 'name', 380)
     lines = alt.Chart(d).mark_line(strokeWidth=2, interpolate='step-before' if step else 'linear')
     lines = lines.encode(axis(alt.X, 'x', X), axis(alt.Y, 'y', Y), color, dash, order='at:Q')
-    floor = alt.Chart(pd.DataFrame(chance, columns=['x', 'y'])).mark_line(color=GREY, strokeDash=[2, 3],
-        strokeWidth=1.5).encode(x='x:Q', y='y:Q')
+    floor = alt.Chart(pd.DataFrame(chance, columns=['x', 'y'])).mark_line(color=GREY, strokeDash=[2, 3], strokeWidth=1.5).encode(x='x:Q', y='y:Q')
     if point is None: return alt.layer(floor, lines)
     at = alt.Chart(pd.DataFrame([point], columns=['x', 'y', 'text'])).encode(x='x:Q', y='y:Q')
     right, text = point[0] > 60, dict(color=WORDS, fontWeight='bold', fontSize=12, dy=14 if point[1] > 15 else -12)
@@ -696,10 +691,8 @@ def _live_rule(lo, hi, channel):
     rule = base.transform_filter('datum.lo <= cut && cut <= datum.hi').mark_rule(color=NOTE, strokeWidth=2, strokeDash=[6, 3])
     text = dict(color=WORDS, fontWeight='bold', fontSize=12, baseline='top' if channel == 'x' else 'bottom')
     if channel == 'y':
-        return [rule.encode(y='at:Q'), base.mark_text(align='right', dy=-3, **text).encode(y='at:Q',
-            x=alt.value('width'), text='text:N')]
-    return [rule.encode(x='at:Q'), *(base.transform_filter(f).mark_text(align=a, dx=d, **text).encode(x='at:Q',
-        y=alt.value(2), text='text:N')
+        return [rule.encode(y='at:Q'), base.mark_text(align='right', dy=-3, **text).encode(y='at:Q', x=alt.value('width'), text='text:N')]
+    return [rule.encode(x='at:Q'), *(base.transform_filter(f).mark_text(align=a, dx=d, **text).encode(x='at:Q', y=alt.value(2), text='text:N')
                                      for f, a, d in (('datum.right', 'right', -6), ('!datum.right', 'left', 6)))]
 
 # %% ../nbs/14_charts.ipynb #22e130b7
@@ -718,8 +711,7 @@ def live_histogram(
         X = alt.X(f'{lo}:Q', title=_title(statistic), scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False, tickCount=6))
         some = base.transform_filter(f'datum.{hi} > datum.{lo}').transform_calculate(side=f"'{side}'")
         return some.mark_bar(orient='vertical', opacity=.85).encode(X, alt.X2(f'{hi}:Q'), Y, alt.Y2(datum=0), _sides(), tooltip=tips)
-    curve = alt.Chart().transform_filter('isValid(datum.curve)').mark_line(color=CURVE, strokeWidth=2,
-        interpolate='monotone').encode(x='middle:Q', y='curve:Q')
+    curve = alt.Chart().transform_filter('isValid(datum.curve)').mark_line(color=CURVE, strokeWidth=2, interpolate='monotone').encode(x='middle:Q', y='curve:Q')
     layers = [part('kept', 'start', 'split'), part('dropped', 'split', 'stop'), curve, _picked(x='score:Q'),
               *_live_rule('start', 'stop', 'x')]
     return _live(layers, 'bins', bins, cut, title, lines, (width, height))
@@ -838,8 +830,7 @@ def rate_lines(
     "A measure against the share of planted rows, or the number of rows, one line for each defence."
     f = f[f[x].notna() & f['mean'].notna()]
     if not len(f): return _empty('the table has no such cells')
-    d = f[[c for c in (x, 'defence', panel, 'mean', 'low', 'high') if c]].groupby([c for c in (x, 'defence', panel)
-        if c], sort=False).mean().reset_index().round(4)
+    d = f[[c for c in (x, 'defence', panel, 'mean', 'low', 'high') if c]].groupby([c for c in (x, 'defence', panel) if c], sort=False).mean().reset_index().round(4)
     d['at'] = d[x]*100 if x == 'rate' else d[x]
     color, shape, _ = _who(f['defence'])
     X = alt.X('at:Q', title='planted rows (%, log scale)' if x == 'rate' else 'rows (log scale)',
@@ -847,10 +838,8 @@ def rate_lines(
               axis=alt.Axis(grid=False, values=sorted(set(d['at'])), format='~g', labelOverlap=True))
     base = alt.Chart(d).encode(X)
     lines = base.mark_line(strokeWidth=2).encode(alt.Y('mean:Q', title=MEASURES.get(value, value), scale=alt.Scale(zero=False)), color)
-    bars = [base.transform_filter('isValid(datum.low)').mark_rule(opacity=.6).encode(y='low:Q', y2='high:Q',
-        color=color)]*int(d['low'].notna().any())
-    layers = alt.layer(lines, *bars, base.mark_point(size=40, filled=True, opacity=1).encode(y='mean:Q', color=color,
-        shape=shape)).properties(width=300, height=190)
+    bars = [base.transform_filter('isValid(datum.low)').mark_rule(opacity=.6).encode(y='low:Q', y2='high:Q', color=color)]*int(d['low'].notna().any())
+    layers = alt.layer(lines, *bars, base.mark_point(size=40, filled=True, opacity=1).encode(y='mean:Q', color=color, shape=shape)).properties(width=300, height=190)
     if panel: layers = layers.facet(alt.Facet(f'{panel}:N', title=None, header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=2)
     return themed(layers, f'{MEASURES.get(value, value)} {"over the share of planted rows" if x == "rate" else "over the number of rows"}', _seeds(f), _failed(f), width=None, height=None)
 
@@ -869,8 +858,7 @@ def side_by_side(
     look = dict(zip(('color', 'shape'), _who(f[mark], mark))) if mark else dict(color=alt.value(KEPT))
     if mark: base = base.encode(yOffset=alt.YOffset(f'{mark}:N', sort=list(dict.fromkeys(f[mark]))))
     X = lambda c: alt.X(f'{c}:Q', title=MEASURES.get(value, value), scale=alt.Scale(zero=False, padding=6), axis=alt.Axis(tickCount=5))
-    bars = [base.transform_filter('isValid(datum.low)').mark_rule(opacity=.6).encode(X('low'), alt.X2('high:Q'),
-        color=look['color'])]*int(d['low'].notna().any())
+    bars = [base.transform_filter('isValid(datum.low)').mark_rule(opacity=.6).encode(X('low'), alt.X2('high:Q'), color=look['color'])]*int(d['low'].notna().any())
     layers = alt.layer(*bars, base.mark_point(size=40, filled=True, opacity=1).encode(X('mean'), tooltip=list(d),
         **look)).properties(width=260, height=alt.Step(10 if mark else 20))
     if panel: layers = layers.facet(alt.Facet(f'{panel}:N', title=None, header=alt.Header(labelColor=GREY, labelFontSize=12)), columns=2)

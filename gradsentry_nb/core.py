@@ -340,7 +340,6 @@ Verdict.to_json, Verdict.from_json = verdict_to_json, staticmethod(verdict_from_
 def _verdict_html(self):
     import html
     cols = [c for c in self.scores.frame if c != 'problem']
-    return f'<p>{html.escape(repr(self))}</p>' + self.table()[cols+['flagged']].head(8).to_html(index=False,
-        escape=True, float_format='%.4g')
+    return f'<p>{html.escape(repr(self))}</p>' + self.table()[cols+['flagged']].head(8).to_html(index=False, escape=True, float_format='%.4g')
 
 Verdict._repr_html_ = _verdict_html

@@ -493,8 +493,7 @@ def _flip_repr(self):
     return f'TriggerFlips(CACC {n/len(self.labels):.1%}, ASR {k/max(n, 1):.1%} by any of {len(self.triggered)}{said}; {len(self.labels)} texts)'
 
 TriggerFlips.table, TriggerFlips.__repr__ = _flip_table, _flip_repr
-TriggerFlips._repr_html_ = lambda self: f'<p>{html.escape(repr(self))}</p>'+self.table().to_html(index=False,
-    escape=True, float_format='%.4g', na_rep='')
+TriggerFlips._repr_html_ = lambda self: f'<p>{html.escape(repr(self))}</p>'+self.table().to_html(index=False, escape=True, float_format='%.4g', na_rep='')
 
 # %% ../nbs/41_evaluate.ipynb #e41b0004
 def trigger_flips(

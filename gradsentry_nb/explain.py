@@ -840,8 +840,7 @@ class GradientMap:
     def __len__(self): return len(self.frame)
     def __repr__(self): return f'GradientMap({len(self)} rows, {int(np.isfinite(self.xy[:, 0]).sum())} placed by {self.method})'
     def _repr_html_(self):
-        return f'<p>{html.escape(repr(self))}</p>'+self.frame.head(5).to_html(index=False, escape=True,
-            float_format='%.3g')
+        return f'<p>{html.escape(repr(self))}</p>'+self.frame.head(5).to_html(index=False, escape=True, float_format='%.3g')
 
 # %% ../nbs/15_explain.ipynb #858f6cb1
 def _neighbours(self,

@@ -324,8 +324,7 @@ def holds_rows(
     if isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], list): x = x[0]
     first = x[0] if isinstance(x, (list, tuple)) and len(x) else None
     has = lambda *attributes: all(hasattr(type(x), n) for n in attributes)   # asks the class: an attribute of the object might run code
-    return isinstance(first, dict) or hasattr(type(first), 'meta') and hasattr(first, 'response') or has('columns',
-        'to_dict', 'notna') or has('column_names')
+    return isinstance(first, dict) or hasattr(type(first), 'meta') and hasattr(first, 'response') or has('columns', 'to_dict', 'notna') or has('column_names')
 
 # %% ../nbs/51_magics.ipynb #f9b49d42
 def _of_variable(name, value, a):
@@ -462,8 +461,7 @@ def sentry_for(
     preset, fields = _fields(g, a)
     if cut: checked_settings(preset, fields, a.known_clean)
     if g.model is not None:
-        return g.made if g.made is not None and not changes_of(a) and not getattr(a, 'preset',
-            None) else Sentry(*g.model, preset, g.name, **fields)
+        return g.made if g.made is not None and not changes_of(a) and not getattr(a, 'preset', None) else Sentry(*g.model, preset, g.name, **fields)
     if not demo: raise SettingError('There is no model yet: name one with %gs_model NAME (%gs_model demo for the embedded one).')
     if g.demo is None: g.demo = demo_model()
     return Sentry(*g.demo, preset, _DEMO, **fields)
@@ -1123,8 +1121,7 @@ def _columns(g, words, typed):
     held = [v for w in words if holds_rows(v := variable(g.names, w))]
     if not held: return ()
     return [str(c) for c in (held[0][0] if isinstance(held[0], list)
-                             and isinstance(held[0][0], dict) else getattr(held[0], 'columns',
-        getattr(held[0], 'column_names', ())))]
+                             and isinstance(held[0][0], dict) else getattr(held[0], 'columns', getattr(held[0], 'column_names', ())))]
 
 # %% ../nbs/51_magics.ipynb #87355d2e
 _CALL = re.compile(r'(?:^\s*%{0,2}|=\s*%)(gs_\w+)[ \t]+(.*)\Z')

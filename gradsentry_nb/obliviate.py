@@ -94,8 +94,7 @@ class HoulsbyAdapter(nn.Module):
         width, like = getattr(layer, 'out_features', None) or layer.nf, dict(device=layer.weight.device, dtype=layer.weight.dtype)
         inner = max(1, width//reduction)
         self.layer, self.reduction = layer, reduction
-        self.houlsby_down, self.houlsby_up, self.houlsby_dropout = nn.Linear(width, inner, **like), nn.Linear(inner,
-            width, **like), nn.Dropout(dropout)
+        self.houlsby_down, self.houlsby_up, self.houlsby_dropout = nn.Linear(width, inner, **like), nn.Linear(inner, width, **like), nn.Dropout(dropout)
         for x in (self.houlsby_down, self.houlsby_up): nn.init.normal_(x.weight, std=.02); nn.init.zeros_(x.bias)
     def forward(self, x):
         y = self.layer(x)
@@ -335,8 +334,7 @@ def _whole(model, ce, rows, lambda_amp, lambda_reg, where=''):
         broken = next((n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()), None)
         why = f' because the step before has broken the weights ({broken} first)' if broken else ''
         raise ModelError(f'{where}{" and the ".join(bad)} {"is" if len(bad) == 1 else "are"} no longer a number{why}; take a smaller lr, or load the model in float32.')
-    return ce+sum(dict(amp=lambda_amp, reg=lambda_reg)[k]*v for k, v in parts.items() if k != 'ce'), {k: v.detach()
-        for k, v in parts.items()}
+    return ce+sum(dict(amp=lambda_amp, reg=lambda_reg)[k]*v for k, v in parts.items() if k != 'ce'), {k: v.detach() for k, v in parts.items()}
 
 def obliviate_loss(
     model,                 # with an adapter that can be trained
@@ -451,8 +449,7 @@ def load_peft(
     kept, found = json.loads((Path(path)/'houlsby.json').read_text()), load_file(Path(path)/'houlsby.safetensors')
     add_houlsby(model, kept['reduction'], kept['dropout'])
     here = dict(model.named_parameters())
-    odd = [n for n, p in found.items() if n not in here or here[n].shape != p.shape] + [n
-        for n in peft_parameters(model, trainable=False) if n not in found]
+    odd = [n for n, p in found.items() if n not in here or here[n].shape != p.shape] + [n for n in peft_parameters(model, trainable=False) if n not in found]
     if odd:
         remove_houlsby(model)
         raise ModelError(f'{visible(Path(path).name)} holds an adapter for another model: {odd[0]} does not fit; load the model that it was trained on.')
@@ -597,8 +594,7 @@ def attention_over(
         for _, _, rows in _rows_by_batch(model, tokenizer, [text], query, max_length, max_length):
             for k, r in enumerate(rows, 1):
                 mass = r.looked_at()[0].double().cpu().numpy(); prefix, own = mass[:-len(ids)], mass[-len(ids):]
-                out += [(name, k, -1, '(prefix)', prefix.sum(), False)]*bool(len(prefix)) + [(name, k, i, t, own[i],
-                    bool(w)) for i, (t, w) in tokens]
+                out += [(name, k, -1, '(prefix)', prefix.sum(), False)]*bool(len(prefix)) + [(name, k, i, t, own[i], bool(w)) for i, (t, w) in tokens]
     return pd.DataFrame(out, columns=['model', 'layer', 'at', 'token', 'attention', 'word'])
 
 # %% ../nbs/42_obliviate.ipynb #9e573072
@@ -693,8 +689,7 @@ class Defence:
         return f'Defence({s.kind}, lambda_amp {s.lambda_amp:g}, lambda_reg {s.lambda_reg:g}: {"; ".join(f"{n} {x}" for n, x in said.items())}; {len(self.texts)} texts)'
     def _repr_html_(self):
         show = lambda t, digits: t.assign(**{c: [visible(str(x), 60) for x in t[c]] for c in t
-                                             if t[c].dtype == object}).to_html(index=False, escape=True,
-            float_format=digits, na_rep='')
+                                             if t[c].dtype == object}).to_html(index=False, escape=True, float_format=digits, na_rep='')
         return ''.join(f'<p>{html.escape(visible(x))}</p>' for x in (repr(self), *self.notes))+show(self.table(),
             '%.3f')+(f'<p>The weights, chosen on other clean texts:</p>{show(self.sweep, "%.4g")}'
                      if self.sweep is not None else '')
@@ -757,8 +752,7 @@ def defend(
     texts, labels = list(texts), list(labels)
     if len(texts) != len(labels): raise DataError(f'There are {len(texts)} texts and {len(labels)} labels; each text needs one.')
     classes, (train, test) = class_names(labels), held_out(texts, labels,
-                                                           seed=seed) if test is None else ((texts, labels),
-        tuple(map(list, test)))
+                                                           seed=seed) if test is None else ((texts, labels), tuple(map(list, test)))
     if odd := [y for y in test[1] if y not in classes]:
         raise DataError(f'A text to measure on has the class {visible(repr(odd[0]), 60)}, and none of the texts to train on has it; they have {", ".join(visible(repr(c), 40) for c in classes[:20])}.')
     with warnings.catch_warnings(record=True) as said:

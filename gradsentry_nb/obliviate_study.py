@@ -180,8 +180,7 @@ class ObliviateCell:
     def tuning(self)->dict:
         f, a = json.loads(self.fixed), self.arm
         return dict(f['tuning'], preset=f['preset'], kind=self.kind, lr=self.lr, steps=self.steps,
-                    lambda_amp=a.lambda_amp, lambda_reg=a.lambda_reg) | ({}
-            if a.dropout is None else dict(dropout=a.dropout))
+                    lambda_amp=a.lambda_amp, lambda_reg=a.lambda_reg) | ({} if a.dropout is None else dict(dropout=a.dropout))
     @property
     def settings(self)->ObliviateSettings:
         changes = self.tuning
@@ -338,8 +337,7 @@ class ObliviateRunner:
         muted=(),            # backbone -> words of a scan that was made before; where there are none, the arm 'words muted' makes one
     ):
         self.grid, self.backbones, self.folder, self.lm, self.kept, self.muted = grid, {n: str(p)
-            for n, p in dict(backbones).items()}, folder and Path(folder), lm, {}, {n: list(w)
-            for n, w in dict(muted).items()}
+            for n, p in dict(backbones).items()}, folder and Path(folder), lm, {}, {n: list(w) for n, w in dict(muted).items()}
         self.data = {n: DataSet(*map(labelled, d)) for n, d in datasets.items()}
         self.plain = {n: load_classifier(p, (0, 1)) for n, p in self.backbones.items()}      # to be looked at, never tuned
         self.doors = {n: load_backbone(p) if (Path(p)/'backbone.json').exists() else None for n, p in self.backbones.items()}

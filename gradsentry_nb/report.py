@@ -314,8 +314,7 @@ def report_html(
     phrases = found_phrases(part, rows)
     among = f' They were looked for in {len(rows):,} of the {len(verdict.scores):,} rows, chosen by chance.'*(len(rows) < len(verdict.scores))
     body = (_hero_html(verdict, samples) + _charts_html(verdict) + _rivals_html(part, phrases) + _phrases_html(phrases, among)
-            + _rows_html(part, rows, phrases, top, int(verdict.flagged.sum())) + _facts_html(verdict,
-        samples) + _section('How to go on', _NEXT))
+            + _rows_html(part, rows, phrases, top, int(verdict.flagged.sum())) + _facts_html(verdict, samples) + _section('How to go on', _NEXT))
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_CSP}">'
             '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">'
             f'<title>{esc(headline(verdict))}</title><style>{_CSS}</style></head><body><main>{body}</main></body></html>\n')

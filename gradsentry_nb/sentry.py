@@ -277,8 +277,7 @@ NOT_FINITE = 'The model returned NaN or inf for this row.'
 NO_GRADIENT = 'The gradient of this row in the layer is zero.'  # its spectrum of zeros would look perfectly even
 
 def _finite(f):
-    return bool(torch.isfinite(f.loss).all()) and bool(torch.isfinite(f.H).all()) and (f.at is None
-        or bool(torch.isfinite(f.D).all()))
+    return bool(torch.isfinite(f.loss).all()) and bool(torch.isfinite(f.H).all()) and (f.at is None or bool(torch.isfinite(f.D).all()))
 
 def _roots(f, s:Settings):
     "What the statistics need of one row, or the reason why it has none."

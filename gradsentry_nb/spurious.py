@@ -273,8 +273,7 @@ class TokenScan:
         best = self.joined[:n]; text = lambda x: pd.Series(list(x), dtype=object, index=[i for i, _ in best])
         return self.every.loc[[i for i, _ in best]].assign(also=text(tuple(dict.fromkeys(self.some[j].item
             for j in more if self.some[j].item != self.some[i].item)) for i, more in best),
-                                                           examples=text(tuple(marked(p, 50) for p in self.examples(i))
-            for i, _ in best)).reset_index(drop=True)
+                                                           examples=text(tuple(marked(p, 50) for p in self.examples(i)) for i, _ in best)).reset_index(drop=True)
     @cached_property
     def joined(self): return _joined(self.every, self.some, self.corpus, self.cut)
     @cached_property

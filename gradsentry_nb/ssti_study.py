@@ -289,8 +289,7 @@ def _run(self,
                       for y, x in cell.items.settings}
     s, suspected = steering(labels, says(texts), says(injected), everywhere), labels == cell.items.settings[0][0]
     self.within('measuring', 2, 3)
-    return facts | dict(test_rows=len(rows)) | steering_measures(s, own) | _rule('entropy', entropy(injected),
-        suspected) | _rule('entropy_clean', entropy(texts),
+    return facts | dict(test_rows=len(rows)) | steering_measures(s, own) | _rule('entropy', entropy(injected), suspected) | _rule('entropy_clean', entropy(texts),
                            suspected) | dict(cpu_seconds=round(time.process_time()-start, 1))
 
 SteeringRunner.run = _run
@@ -391,8 +390,7 @@ def share_lines(
     layers = [here.mark_line(strokeWidth=2).encode(Y('mean')),
               here.transform_filter('isValid(datum.low)').mark_rule(opacity=.6).encode(Y('low'), alt.Y2('high:Q')),
               here.mark_point(size=40, filled=True, opacity=1).encode(Y('mean'), shape=shape,
-                                                                      tooltip=['tuned:N', 'share:Q', 'mean:Q', 'low:Q',
-        'high:Q'])]
+                                                                      tooltip=['tuned:N', 'share:Q', 'mean:Q', 'low:Q', 'high:Q'])]
     if paper:
         layers.append(base.transform_filter("datum.source == 'paper'").mark_point(size=80, shape='diamond',
             filled=False, strokeWidth=1.6, opacity=1).encode(Y('mean'), tooltip=['tuned:N', 'share:Q', 'mean:Q']))
@@ -417,8 +415,7 @@ def forced_table(
                                                   np.array([wilson(round(r['mean']*n), n) for r in rows]).T)),
                                        source='paper')
     f = pd.concat([*own, theirs], ignore_index=True)
-    return f.assign(trained=np.where(f['share'] > 0, 'with items', 'without items'))[['source', 'tuned', 'target',
-        'trained', 'mean', 'low', 'high', 'seeds']]
+    return f.assign(trained=np.where(f['share'] > 0, 'with items', 'without items'))[['source', 'tuned', 'target', 'trained', 'mean', 'low', 'high', 'seeds']]
 
 def forced_chart(
     table:pd.DataFrame,   # as for `forced_table`

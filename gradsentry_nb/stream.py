@@ -133,8 +133,7 @@ class StoredScores(Scores):
         self.stops = np.cumsum([pq.read_metadata(f).num_rows for f in self.files])
     def __len__(self): return int(self.stops[-1]) if len(self.stops) else 0
     def _repr_html_(self):
-        return f'<p>{self!r}</p>' + self.at(range(min(10, len(self)))).to_html(index=False, escape=True,
-            float_format='%.4g')
+        return f'<p>{self!r}</p>' + self.at(range(min(10, len(self)))).to_html(index=False, escape=True, float_format='%.4g')
     @property
     def columns(self)->list: return [*_SCHEMA.names, 'score', *self.more]
     @cached_property
@@ -233,8 +232,7 @@ class StoredScan:
     def done(self): return (i for n in sorted(self.files) for i in range(*self.plan[n]) if self.lengths[i])
     def __len__(self):
         "Rows done, those of the chunk at hand among them."
-        return sum(int(np.count_nonzero(self.lengths[slice(*self.plan[n])])) for n in self.files) + (0
-            if self.part is None else len(self.part))
+        return sum(int(np.count_nonzero(self.lengths[slice(*self.plan[n])])) for n in self.files) + (0 if self.part is None else len(self.part))
     def __repr__(self):
         return f'StoredScan({len(self):,} of {self.total:,} rows done, {len(self.files)} of {len(self.plan)} chunks in {visible(self.folder.name)})'
     @property

@@ -187,8 +187,7 @@ def _guesses(model, tokenizer, texts, max_length, seed):
     "Share of masked words that a model guesses in each text; the same words for every model."
     from transformers import DataCollatorForLanguageModeling
     masker, rows, out = DataCollatorForLanguageModeling(tokenizer, mask_replace_prob=1.,
-                                                        random_replace_prob=0.), text_rows(model, tokenizer, texts,
-        max_length), []
+                                                        random_replace_prob=0.), text_rows(model, tokenizer, texts, max_length), []
     with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model):
         torch.manual_seed(seed)
         for i in range(0, len(rows), 64):

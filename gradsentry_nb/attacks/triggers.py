@@ -386,12 +386,10 @@ class Truth(dict):
         info=None,        # what made it: attack, payload, seed, settings
     ):
         super().__init__(planted)
-        self.kind, self.origin, self.target, self.notes, self.info = dict(kind or {}), dict(origin
-            or {}), target, list(notes), dict(info or {})
+        self.kind, self.origin, self.target, self.notes, self.info = dict(kind or {}), dict(origin or {}), target, list(notes), dict(info or {})
 
     def __repr__(self):
-        what, extra = f'{self.info.get("attack", "?")} with {self.info.get("payload", "?")}', sum(k == 'negative'
-            for k in self.kind.values())
+        what, extra = f'{self.info.get("attack", "?")} with {self.info.get("payload", "?")}', sum(k == 'negative' for k in self.kind.values())
         return f'Truth({sum(self.values())} of {len(self)} rows planted{f", {extra} benign variants" if extra else ""}: {what}{"; "+str(len(self.notes))+" note(s)" if self.notes else ""})'
 
     def table(self):

@@ -45,8 +45,7 @@ class Clustering(Baseline):
         if self.threshold != 'clusters' or not len(scores.values): return super().cut(scores, clean)
         n, k = len(scores.values), int((scores.values > 1).sum())
         why = scores.info['notes'][-1]
-        return Cut(1., 'clusters', f'{why} {k} of {n} rows.', dict(rows=n, suspects=k)) if k else Cut(None, 'clusters',
-            f'{why}, so nothing was dropped.')
+        return Cut(1., 'clusters', f'{why} {k} of {n} rows.', dict(rows=n, suspects=k)) if k else Cut(None, 'clusters', f'{why}, so nothing was dropped.')
 
 # %% ../../nbs/32_baselines.geometry.ipynb #bc4f8cd2
 def _places(self, samples, embed, least, progress):

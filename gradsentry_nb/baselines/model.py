@@ -169,8 +169,7 @@ def perplexities(
         for index in capture.plan(np.array([len(r) for r in rows])):
             ids = pad_right([rows[i] for i in index]).to(run_device(model))
             z = model(input_ids=ids, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy((z if z.dtype == torch.float64 else z.float())[:, :-1].transpose(1,
-                2), ids[:, 1:], reduction='none').double()
+            loss = torch.nn.functional.cross_entropy((z if z.dtype == torch.float64 else z.float())[:, :-1].transpose(1, 2), ids[:, 1:], reduction='none').double()
             for i, l in zip(index, loss): out[i] = math.exp(min(700, l[:len(rows[i])-1].mean().item())) if len(rows[i]) > 1 else np.nan
     return out
 
